@@ -1,0 +1,247 @@
+"""What can be configured: frozen dataclasses, one per section of the YAML file.
+
+The text under a field is its documentation and `one_of`, `least` and `most` its range: the loader checks
+them and the reference page is generated from them. Checks that span sections are in `checks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(
+    default: Any,
+    doc: str,
+    *,
+    one_of: tuple[Any, ...] | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """A documented dataclass field. `least` and `most` are inclusive bounds, `above` an exclusive lower one."""
+    metadata = {"doc": doc, "one_of": one_of, "least": least, "above": above, "most": most}
+    if isinstance(default, dict | list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The vision transformer, built by timm."""
+
+    name: str = option("vit_tiny_patch16_224", "Name of a timm model.")
+    num_classes: int = option(0, "Number of classes; 0 takes it from the index of the training shards.", least=0)
+    image_size: int = option(224, "Height and width of the input, in pixels.", least=1)
+    channels: int = option(3, "Colour channels of the input: 1 (grey) or 3 (RGB).", one_of=(1, 3))
+    drop_path: float = option(0.0, "Stochastic depth rate.", least=0, most=0.9)
+    arguments: Mapping[str, Any] = option({}, "Further arguments of timm.create_model (patch_size, embed_dim, ...).")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdaptersConfig:
+    """The low-rank heads (arXiv 2402.16828, section 3)."""
+
+    rank: int = option(32, "Rank r of the factors of every layer.", least=1)
+    alpha: float = option(64.0, "Numerator of the scale s = alpha / r of the low-rank product.", above=0)
+    mode: str = option(
+        "reset",
+        "reset: B is set to zero after a merge; resetless: factors are kept and only their change is merged.",
+        one_of=("reset", "resetless"),
+    )
+    rank_by_layer: Mapping[str, int] = option(
+        {}, "Rank by layer name pattern (shell style, first match wins), for example `blocks.*.attn.qkv: 64`."
+    )
+    dense: list[str] = option(
+        [], "Layer name patterns (shell style) trained as dense replica parameters, without factors."
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopologyConfig:
+    """Where the heads are."""
+
+    heads_per_node: int = option(
+        0, "Heads in a node; 0 means one per rank. Divides the ranks of a node, or is a multiple of them.", least=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseConfig:
+    """The frozen dense weights: how they are sharded and gathered."""
+
+    scope: str = option(
+        "node", "node: sharded inside a node, one copy per node; global: sharded over all ranks of all nodes.",
+        one_of=("node", "global"),
+    )
+    gather: str = option(
+        "pass",
+        "pass: gathered in every forward and backward; node: as pass, from a copy sharded inside the node; "
+        "window: gathered once per window by every rank.",
+        one_of=("pass", "node", "window"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """What shards the base. `engine: fsdp` is short for `engine: {name: fsdp}`."""
+
+    name: str = option("fsdp", "fsdp: PyTorch FSDP2; none: a single process, nothing sharded.", one_of=("fsdp", "none"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeConfig:
+    """When and how heads are merged into the base."""
+
+    every: int = option(50, "Optimizer steps T between global merges.", least=1)
+    local_every: int = option(0, "Steps between merges inside a node; divides `every`; 0 means the same.", least=0)
+    path: str = option(
+        "auto",
+        "factor: exchange A and B between nodes; dense: reduce their product; auto: per layer, what sends fewer bytes.",
+        one_of=("auto", "factor", "dense"),
+    )
+    outer: str = option("average", "Outer optimizer over a window's change.", one_of=("average", "nesterov"))
+    outer_lr: float = option(1.0, "Learning rate of the Nesterov outer optimizer.", above=0)
+    outer_momentum: float = option(0.9, "Momentum of the Nesterov outer optimizer.", least=0, most=0.9999)
+    weight_decay: float = option(
+        0.0, "Decoupled decay of the master: a window multiplies it by 1 - weight_decay * (sum of its learning rates).",
+        least=0,
+    )
+    optimizer_state: str = option(
+        "keep", "The heads' optimizer state at a merge: kept, all reset, or that of B alone reset.",
+        one_of=("keep", "reset", "reset_b"),
+    )
+    bucket_mb: float = option(64.0, "Upper size of one exchanged message, in MB, unless one layer is larger.", above=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW over the factors and replica parameters of every head."""
+
+    name: str = option("adamw", "Optimizer of the heads: adamw (fused where torch has it).", one_of=("adamw",))
+    lr: float = option(1e-3, "Peak learning rate of the factors.", above=0)
+    replica_lr: float = option(1e-3, "Peak learning rate of biases, norms, tokens and position embeddings.", above=0)
+    beta1: float = option(0.9, "Decay of the first moment.", least=0, most=0.99999)
+    beta2: float = option(0.999, "Decay of the second moment.", least=0, most=0.99999)
+    eps: float = option(1e-8, "Added to the denominator.", above=0)
+    weight_decay: float = option(0.0, "Decoupled weight decay of the factors (replica parameters have none).", least=0)
+    clip_norm: float = option(1.0, "Gradient norm to which each head is clipped; 0 is off.", least=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """Learning rate over steps."""
+
+    name: str = option("cosine", "Shape after the warm-up.", one_of=("cosine", "wsd", "constant"))
+    warmup: str = option("0", "Linear warm-up: steps (`500`) or epochs (`2ep`).")
+    decay: str = option("0", "Length of the final linear decay of `wsd`: steps or epochs.")
+    final_ratio: float = option(0.01, "Last learning rate, as a ratio of the peak.", least=0, most=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The inner loop."""
+
+    duration: str = option("10ep", "Length of the run: steps (`500`) or epochs (`20ep`).")
+    batch_size: int = option(128, "Images per head and micro-step; ranks that share a head share it.", least=1)
+    accumulate: int = option(1, "Micro-steps per optimizer step.", least=1)
+    precision: str = option(
+        "bf16", "bf16: autocast and bf16 compute copies over fp32 masters; fp32: everything in fp32.",
+        one_of=("bf16", "fp32"),
+    )
+    compile: bool = option(False, "torch.compile every transformer block.")
+    checkpoint_activations: bool = option(False, "Recompute each block's activations in the backward pass.")
+    ema_decay: float = option(
+        0.0, "Decay per merge of the moving average of the master; 0 is off.", least=0, most=0.99999
+    )
+    max_skipped: int = option(
+        10, "Stop after this many steps in a row skipped by one head for a non-finite loss or gradient.", least=1
+    )
+    device: str = option("auto", "auto takes CUDA where it is available.", one_of=("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """WebDataset shards."""
+
+    train: str = option("", "Training shards: a directory, a file pattern with {000..099}, or a URL of that form.")
+    val: str = option("", "Validation shards, as `train`; empty means no evaluation.")
+    shuffle_buffer: int = option(2048, "Samples in the shuffle buffer; 1 keeps the order of the shards.", least=1)
+    workers: int = option(2, "Decoding processes per rank; 0 decodes in the training process.", least=0)
+    prefetch: int = option(2, "Batches each worker holds ready.", least=1)
+    cache_dir: str = option("", "Where shards named by URL are kept after their first download; empty streams them.")
+    max_bad_ratio: float = option(
+        0.01, "Stop when more than this ratio of the samples read is damaged.", least=0, most=1
+    )
+    allow_pipe: bool = option(False, "Accept `pipe:` URLs, which run a shell command.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentConfig:
+    """timm's augmentations of the training images."""
+
+    crop_scale: float = option(1.0, "Smallest area of a random resized crop; 1 is a plain resize.", above=0, most=1)
+    pad_crop: int = option(0, "Random crop after padding by so many pixels (small images).", least=0)
+    hflip: float = option(0.0, "Probability of a horizontal flip.", least=0, most=1)
+    rand_augment: str = option("", "timm RandAugment policy, for example `rand-m9-mstd0.5-inc1`; empty is off.")
+    random_erasing: float = option(0.0, "Probability of erasing a random rectangle.", least=0, most=1)
+    mixup: float = option(0.0, "Mixup alpha; 0 is off.", least=0)
+    cutmix: float = option(0.0, "CutMix alpha; 0 is off.", least=0)
+    label_smoothing: float = option(0.0, "Label smoothing.", least=0, most=0.9)
+    mean: list[float] = option([], "Mean per channel; empty takes ImageNet's for RGB and 0.5 for grey.")
+    std: list[float] = option([], "Standard deviation per channel; empty as for `mean`.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """Evaluation on merged weights."""
+
+    every: str = option("1ep", "Steps or epochs; done at the first global merge that is due. 0 means at the end alone.")
+    batch_size: int = option(256, "Images per rank and forward pass.", least=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Sharded checkpoints."""
+
+    every: str = option("1ep", "Steps or epochs between checkpoints; 0 means at the end alone.")
+    keep_last: int = option(2, "How many of the latest checkpoints are kept.", least=1)
+    keep_best: bool = option(True, "Also keep the checkpoint with the best eval_top1.")
+    asynchronous: bool = option(True, "Write in the background while training goes on.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricsConfig:
+    """Progress, metrics.jsonl and the Prometheus endpoint."""
+
+    every: int = option(10, "Steps between records.", least=1)
+    port: int = option(0, "Port of the Prometheus endpoint of each node; 0 is off; a port in use moves on to the next.",
+                       least=0, most=65535)
+    address: str = option("127.0.0.1", "Address the endpoint listens on.")
+    peak_tflops: float = option(0.0, "Peak of one accelerator in TFLOP/s, for MFU; 0 looks its name up.", least=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A run."""
+
+    run_dir: str = option("runs/default", "Directory of the run: configuration, metrics, checkpoints, events.")
+    resume: str = option(
+        "auto", "auto: from the latest checkpoint of the run, if any; never; or the path of a checkpoint."
+    )
+    seed: int = option(0, "Seed of weights, heads, data order and augmentation.", least=0, most=2**31 - 1)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
