@@ -1,0 +1,160 @@
+"""Every collective of the project, counting the bytes each rank sends by scope and purpose.
+
+Bytes are those of ring algorithms over ranks in node order, which NCCL and gloo use for large messages: a rank
+sends to its successor in the group, so the bytes are *inter-node* when that successor is on another node.
+Summed over a node's ranks this is what leaves its network interface (plus the headers of the protocol).
+
+A group of one is the identity: nothing is sent, nothing is copied, no process group is needed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
+
+from lte_scale.topology import Topology
+
+T = TypeVar("T")
+Scope = Literal["inter_node", "intra_node"]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Some ranks that communicate, and the scope of the link from this rank to the next one in the ring."""
+
+    ranks: tuple[int, ...]
+    scope: Scope
+    process_group: dist.ProcessGroup | None
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+def all_reduce_bytes(size: int, message_bytes: int) -> int:
+    """Bytes one rank sends in a ring all-reduce of a message over `size` ranks."""
+    return 2 * (size - 1) * message_bytes // size
+
+
+def reduce_scatter_bytes(size: int, message_bytes: int) -> int:
+    """Bytes one rank sends in a ring reduce-scatter of a message (all `size` parts together)."""
+    return (size - 1) * message_bytes // size
+
+
+def all_gather_bytes(size: int, part_bytes: int) -> int:
+    """Bytes one rank sends in a ring all-gather of one part from each of `size` ranks."""
+    return (size - 1) * part_bytes
+
+
+class Collectives:
+    """The process groups of a topology and the collectives over them.
+
+    Attributes:
+        node: the ranks of this node.
+        peers: the ranks with this local rank on every node.
+        head: the ranks that share this rank's head.
+        world: all ranks.
+        bytes_sent: bytes this rank has sent, by (scope, purpose).
+    """
+
+    def __init__(self, topology: Topology, *, timeout_seconds: float = 600.0) -> None:
+        """Collective where torch.distributed is initialised: every rank creates every group, in the same order.
+
+        Groups that FSDP shards over exist even for one rank, since FSDP needs a process group.
+        """
+        self.topology = topology
+        self.bytes_sent: Counter[tuple[Scope, str]] = Counter()
+        t, timeout = topology, timedelta(seconds=timeout_seconds)
+        self.world = self._group([list(range(t.world_size))], timeout, sharding=True)
+        self.node = self._group([t.node_ranks(node) for node in range(t.nodes)], timeout, sharding=True)
+        self.peers = self._group([t.peer_ranks(local) for local in range(t.ranks_per_node)], timeout)
+        groups = t.ranks_per_node // t.ranks_per_head
+        self.head = self._group([t.head_ranks(n, g) for n in range(t.nodes) for g in range(groups)], timeout)
+
+    def _group(self, partition: Sequence[Sequence[int]], timeout: timedelta, *, sharding: bool = False) -> Group:
+        topology = self.topology
+        mine = next(tuple(ranks) for ranks in partition if topology.rank in ranks)
+        process_group = None
+        if dist.is_initialized() and len(mine) > (0 if sharding else 1):
+            for ranks in partition:
+                created = dist.new_group(list(ranks), timeout=timeout)
+                if tuple(ranks) == mine:
+                    process_group = created
+        successor = mine[(mine.index(topology.rank) + 1) % len(mine)]
+        same_node = successor // topology.ranks_per_node == topology.node
+        return Group(mine, "intra_node" if same_node else "inter_node", process_group)
+
+    def _count(self, group: Group, purpose: str, sent: int) -> None:
+        if sent:
+            self.bytes_sent[group.scope, purpose] += sent
+
+    def scope_bytes(self, scope: Scope) -> int:
+        """Bytes this rank has sent so far over links of one scope."""
+        return sum(count for (of, _), count in self.bytes_sent.items() if of == scope)
+
+    def all_reduce(self, tensor: Tensor, group: Group, purpose: str, *, maximum: bool = False) -> Tensor:
+        """Sum (or maximum) over the group, in place."""
+        if group.size > 1:
+            self._count(group, purpose, all_reduce_bytes(group.size, tensor.nbytes))
+            operation = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
+            dist.all_reduce(tensor, operation, group=group.process_group)
+        return tensor
+
+    def all_gather(self, tensor: Tensor, group: Group, purpose: str) -> Tensor:
+        """`tensor` [...] of every rank, as [ranks, ...] in the order of the group."""
+        if group.size == 1:
+            return tensor.unsqueeze(0)
+        self._count(group, purpose, all_gather_bytes(group.size, tensor.nbytes))
+        gathered = tensor.new_empty((group.size * tensor.numel(),))
+        dist.all_gather_into_tensor(gathered, tensor.contiguous().view(-1), group=group.process_group)
+        return gathered.view(group.size, *tensor.shape)
+
+    def reduce_scatter(self, tensor: Tensor, group: Group, purpose: str) -> Tensor:
+        """The sum over the group of row `index in the group` of `tensor` [ranks, ...], as [...]."""
+        if group.size == 1:
+            return tensor[0]
+        self._count(group, purpose, reduce_scatter_bytes(group.size, tensor.nbytes))
+        part = tensor.new_empty((tensor[0].numel(),))
+        dist.reduce_scatter_tensor(part, tensor.contiguous().view(-1), group=group.process_group)
+        return part.view(tensor.shape[1:])
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world.size > 1:
+            dist.barrier(self.world.process_group)
+
+    def broadcast_object(self, value: T) -> T:
+        """Rank 0's `value` on every rank (small control data)."""
+        box = [value]
+        if self.world.size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.world.process_group)
+        return box[0]
+
+    def counted_all_gather(self, group: Group, purpose: str) -> AllGather:
+        """An all-gather for FSDP to call in place of its own, so that its bytes are counted here too."""
+        return _CountedAllGather(self, group, purpose)
+
+
+class _CountedAllGather(AllGather):
+    def __init__(self, collectives: Collectives, group: Group, purpose: str) -> None:
+        self.collectives, self.group, self.purpose = collectives, group, purpose
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        if self.group.size > 1:
+            sent = all_gather_bytes(self.group.size, input_tensor.nbytes)
+            self.collectives._count(self.group, self.purpose, sent)
+        work = dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+        return cast("dist.Work | None", work)

@@ -1,0 +1,1 @@
+"""What shards the base: one small interface, one file per engine."""

@@ -1,0 +1,107 @@
+"""The interface of an engine, the engine of a single process, and what all engines do before they shard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from lte_scale.adapters import LTELinear
+from lte_scale.initial import base_slice
+from lte_scale.model import Heads
+
+Slice = tuple[int, int]
+"""Start and end of a part of a weight, in elements of the row-major flattened [O, I] matrix."""
+
+
+class Engine(Protocol):
+    """Shards the frozen weights and gathers them for forward and backward."""
+
+    model: nn.Module
+
+    def slice_of(self, name: str, rank: int) -> Slice:
+        """The part of weight `name` that global rank `rank` stores for computing."""
+        ...
+
+    def editable(self) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """This rank's part of every weight as flat fp32 tensors; what is written is what the next forward reads."""
+        ...
+
+
+def repeated_blocks(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(parent, child name) of every outermost element of a list or sequence of layers that holds adapted layers."""
+    found: list[tuple[nn.Module, str]] = []
+
+    def visit(module: nn.Module) -> None:
+        for name, child in module.named_children():
+            adapted = any(isinstance(m, LTELinear) for m in child.modules())
+            if isinstance(module, nn.ModuleList | nn.Sequential) and adapted and not isinstance(child, LTELinear):
+                found.append((module, name))
+            else:
+                visit(child)
+
+    visit(model)
+    return found
+
+
+def wrap_blocks(model: nn.Module, *, checkpoint_activations: bool, compile: bool) -> list[nn.Module]:
+    """The blocks, wrapped. Order: 1. activation checkpointing, 2. compile, 3. shard (the engine's part)."""
+    blocks = []
+    for parent, name in repeated_blocks(model):
+        block = parent.get_submodule(name)
+        if checkpoint_activations:
+            block = checkpoint_wrapper(block)
+            parent.register_module(name, block)
+        if compile:
+            block.compile()
+        blocks.append(block)
+    return blocks
+
+
+def materialise(model: nn.Module, device: torch.device) -> None:
+    """Move `model` to `device`; what was on the meta device becomes NaN, so that a forgotten initialisation shows."""
+
+    def move(tensor: Tensor) -> Tensor:
+        if not tensor.is_meta:
+            return tensor.to(device)
+        return torch.full_like(tensor, math.nan, device=device)
+
+    model._apply(move)
+
+
+@torch.no_grad()
+def fill_base(engine: Engine, heads: Heads, *, rank: int, seed: int) -> None:
+    """Give every weight its initial values, each rank its own part.
+
+    Raises:
+        RuntimeError: naming a tensor of the model that nobody initialised.
+    """
+    with engine.editable() as shards:
+        for name, layer in heads.linears.items():
+            start, stop = engine.slice_of(name, rank)
+            shape = (layer.B.shape[1], layer.A.shape[2])
+            shards[name].copy_(base_slice(name, shape, start, stop, std=layer.initial_std, seed=seed))
+        poisoned = [name for name, shard in shards.items() if not shard.isfinite().all()]
+    poisoned += [name for name, parameter in heads.parameters().items() if not parameter.isfinite().all()]
+    if poisoned:
+        raise RuntimeError(f"model: {', '.join(poisoned)} not initialised")
+
+
+class SingleEngine:
+    """`engine: none`: one process that holds the whole base."""
+
+    def __init__(self, model: nn.Module, heads: Heads, device: torch.device) -> None:
+        self.model, self.heads = model, heads
+        materialise(model, device)
+
+    def slice_of(self, name: str, rank: int) -> Slice:
+        return 0, self.heads.linears[name].weight.numel()
+
+    @contextmanager
+    def editable(self) -> Iterator[Mapping[str, Tensor]]:
+        yield {name: layer.weight.data.view(-1) for name, layer in self.heads.linears.items()}

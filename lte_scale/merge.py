@@ -1,0 +1,304 @@
+"""The merge: heads into the base, inside a node every `local_every` steps, between nodes every `every` steps.
+
+    W <- W + (s / N) sum_n B_n A_n                        reset      (arXiv 2402.16828, equation of section 3)
+    W <- W + (s / N) sum_n (B_n A_n - B'_n A'_n)          resetless
+
+Every rank forms and keeps its own part of every weight, and writes it through `engine.editable()`. Vocabulary:
+
+    master    the weight at the last global merge, fp32; this rank owns a part of it
+    compute   what the engine gathers for the forward pass; the master itself (no second copy) unless the node has
+              moved since (local merges), a finer part is owned (scope `global` with a copy per node), or a
+              resetless head's product is folded into its own base
+    product   (s / h) sum B A of the node's heads, or (s / N) of all heads, at the last merge (resetless alone)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lte_scale.collectives import Collectives
+from lte_scale.config.schema import BaseConfig, MergeConfig
+from lte_scale.engines.base import Engine
+from lte_scale.exchange import Bucket, FactorExchange, Ownership, Slice, choose_path, product, split_evenly
+from lte_scale.model import Heads
+from lte_scale.outer import Outer
+from lte_scale.replicas import ReplicaMerger
+
+Shards = Mapping[str, Tensor]
+
+
+class Merger:
+    """Merges the heads of a model into its base.
+
+    Attributes:
+        ownership: which part of every weight this rank owns, forms and computes with.
+        paths: the path of every weight.
+        outer: master (own parts), momentum and moving average.
+        replicas: the same for replica parameters.
+    """
+
+    def __init__(
+        self, heads: Heads, engine: Engine, collectives: Collectives, config: MergeConfig, base: BaseConfig,
+        *, ema_decay: float = 0.0,
+    ) -> None:
+        topology = collectives.topology
+        self.heads, self.engine, self.collectives, self.config, self.topology = (
+            heads, engine, collectives, config, topology,
+        )
+        self.local_every = config.local_every or config.every
+        self.two_level = self.local_every < config.every
+        self.resetless = heads.mode == "resetless"
+        self.spread = base.scope == "global" and topology.nodes > 1
+        self.refined = self.spread and base.gather != "pass"
+        self.folded = self.resetless and topology.heads_per_node == 1 and (not self.spread or self.refined)
+        for layer in heads.linears.values():
+            layer.folded = self.folded
+        self.ownership = {name: self._ownership(name) for name in heads.linears}
+        stack = 1 if self.resetless else config.every // self.local_every
+        self.paths = {
+            name: choose_path(own.shape, self._rank(name), topology, scope=base.scope, merges_per_window=stack,
+                              asked=config.path)
+            for name, own in self.ownership.items()
+        }
+        self.exchange = FactorExchange(heads, collectives)
+        self.buckets = self._buckets(stack)
+        self.history: dict[Bucket, list[Tensor]] = {bucket: [] for bucket in self.buckets}
+        self.node_product: dict[str, Tensor] = {}
+        self.mean_product: dict[str, Tensor] = {}
+        self.outer = Outer(config, ema_decay)
+        self.separate = self.two_level or self.folded or self.refined
+        with self._editable() as shards:
+            if self.separate:
+                for name, own in self.ownership.items():
+                    self.outer.masters[name] = _cut(shards[name], own.compute, own.own).clone()
+            self.outer.start_average()
+        self.replicas = ReplicaMerger(heads, collectives, config, ema_decay)
+        self._clear_products()
+
+    @contextmanager
+    def _editable(self) -> Iterator[Shards]:
+        with torch.no_grad(), self.engine.editable() as shards:
+            if not self.separate:
+                self.outer.masters.update(shards)
+            yield shards
+
+    def _rank(self, name: str) -> int:
+        return self.heads.linears[name].A.shape[1]
+
+    def _scale(self, name: str) -> float:
+        return self.heads.linears[name].scale
+
+    def _ownership(self, name: str) -> Ownership:
+        layer, topology = self.heads.linears[name], self.topology
+        compute = self.engine.slice_of(name, topology.rank)
+        parts: tuple[Slice, ...] = (compute,)
+        if self.refined:
+            parts = split_evenly(compute, topology.nodes)
+        elif self.spread:
+            parts = tuple(self.engine.slice_of(name, peer) for peer in topology.peer_ranks(topology.local_rank))
+        own = parts[topology.node] if self.spread else compute
+        return Ownership((layer.B.shape[1], layer.A.shape[2]), own, parts, compute)
+
+    def _buckets(self, stack: int) -> list[Bucket]:
+        buckets: list[Bucket] = []
+        limit = self.config.bucket_mb * 1e6
+        room = 0.0
+        for name, path in sorted(self.paths.items(), key=lambda item: item[1]):
+            travelling = self.exchange.size([name]) * self.topology.heads_per_node
+            if path == "factor":
+                travelling *= self.topology.nodes * stack
+            size = 4 * max(travelling, self.ownership[name].part_size * len(self.ownership[name].parts))
+            if not buckets or buckets[-1].path != path or size > room:
+                buckets.append(Bucket(path, (name,)))
+                room = limit - size
+            else:
+                buckets[-1] = Bucket(path, (*buckets[-1].names, name))
+                room -= size
+        return buckets
+
+    def due(self, step: int) -> bool:
+        """Whether heads are merged after `step`, inside the node or between nodes."""
+        return step % self.local_every == 0
+
+    def is_global(self, step: int) -> bool:
+        """Whether the merge after `step` is one between nodes."""
+        return step % self.config.every == 0
+
+    @torch.no_grad()
+    def merge(self, step: int, *, decay: float = 0.0) -> None:
+        """Merge after `step`, in all ranks. `decay`: the fraction the master loses (decoupled weight decay)."""
+        everywhere = self.is_global(step)
+        with self._editable() as shards:
+            for bucket in self.buckets:
+                if everywhere:
+                    self._merge_globally(bucket, shards, decay)
+                else:
+                    self._merge_locally(bucket, shards)
+        self.replicas.merge(everywhere)
+        for layer in self.heads.linears.values():
+            if layer.A_prev is None or layer.B_prev is None:
+                layer.B.zero_()
+            else:
+                layer.A_prev.copy_(layer.A)
+                layer.B_prev.copy_(layer.B)
+
+    def _merge_locally(self, bucket: Bucket, shards: Shards) -> None:
+        packed = self.exchange.pack(bucket.names)
+        if bucket.path == "factor" and not self.resetless:
+            self.history[bucket].append(packed)
+        for name, change in self._node_changes(bucket, packed).items():
+            if not self.folded:  # a folded base holds W - s B' A', which a local merge leaves as it is
+                shards[name].add_(change)
+
+    def _merge_globally(self, bucket: Bucket, shards: Shards, decay: float) -> None:
+        packed = self.exchange.pack(bucket.names)
+        if bucket.path == "factor":
+            changes = self._mean_by_factors(bucket, packed)
+        else:
+            changes = self._mean_by_products(bucket, packed, shards)
+        for name, change in changes.items():
+            self.outer.update(name, change, decay)
+        self._publish(bucket, self.outer.masters, shards)
+
+    def _node_changes(self, bucket: Bucket, packed: Tensor) -> dict[str, Tensor]:
+        """What the node's heads have learned since the last merge, on the parts this rank forms [elements]."""
+        gathered = self.exchange.within_node(packed.unsqueeze(0), self.exchange.size(bucket.names))
+        return self._changes(bucket, gathered, self.node_product, whole=True)
+
+    def _changes(
+        self, bucket: Bucket, factors: Tensor, previous: MutableMapping[str, Tensor], *, whole: bool
+    ) -> dict[str, Tensor]:
+        """The mean over `factors` [..., heads, C] of each weight's product, less `previous`, which it replaces."""
+        changes: dict[str, Tensor] = {}
+        heads = self.topology.heads_per_node if whole else self.topology.heads
+        offset = 0
+        for name in bucket.names:
+            own, scale = self.ownership[name], self._scale(name) / heads
+            parts = own.parts if whole else (own.own,)
+            formed = _joined(product(factors, offset, own.shape, self._rank(name), parts, scale))
+            changes[name] = formed - previous[name] if self.resetless else formed
+            if self.resetless:
+                previous[name] = formed
+            offset += self.exchange.size([name])
+        return changes
+
+    def _mean_by_factors(self, bucket: Bucket, packed: Tensor) -> dict[str, Tensor]:
+        stack = torch.stack([*self.history[bucket], packed])
+        self.history[bucket].clear()
+        gathered_KLhC = self.exchange.between_nodes(stack, self.exchange.size(bucket.names))
+        if self.resetless and (self.folded or self.two_level):
+            self._changes(bucket, gathered_KLhC[self.topology.node], self.node_product, whole=True)
+        return self._changes(bucket, gathered_KLhC, self.mean_product, whole=False)
+
+    def _mean_by_products(self, bucket: Bucket, packed: Tensor, shards: Shards) -> dict[str, Tensor]:
+        changes = self._node_changes(bucket, packed)
+        if self.two_level:
+            for name in bucket.names:
+                node_weight = shards[name] + (self.node_product[name] if self.folded else changes[name])
+                changes[name] = node_weight - self.outer.masters[name]
+        nodes, peers = self.topology.nodes, self.collectives.peers
+        if not self.spread:
+            total = self.collectives.all_reduce(_joined(list(changes.values())), peers, "merge_dense")
+            sizes = [change.numel() for change in changes.values()]
+            return dict(zip(changes, (total / nodes).split(sizes), strict=True))
+        padded = torch.cat([self._padded(name, change) for name, change in changes.items()], 1)
+        total = self.collectives.reduce_scatter(padded, peers, "merge_dense") / nodes
+        sizes = [self.ownership[name].part_size for name in changes]
+        own = {name: part for name, part in zip(changes, total.split(sizes), strict=True)}
+        return {name: part[: _length(self.ownership[name].own)] for name, part in own.items()}
+
+    def _padded(self, name: str, change: Tensor) -> Tensor:
+        """The parts of one weight as rows of equal length [K, part_size]."""
+        own = self.ownership[name]
+        rows = change.new_zeros(len(own.parts), own.part_size)
+        for row, part in zip(rows, change.split([_length(p) for p in own.parts]), strict=True):
+            row[: part.numel()] = part
+        return rows
+
+    def _publish(
+        self, bucket: Bucket, source: Mapping[str, Tensor], shards: Shards, *, fold: bool = True
+    ) -> None:
+        """Write `source` (own parts) to where the forward pass reads it, less the folded product."""
+        if self.refined:
+            own = [source[name] for name in bucket.names]
+            sizes = [self.ownership[name].part_size for name in bucket.names]
+            message = torch.cat([torch.nn.functional.pad(t, (0, s - t.numel())) for t, s in zip(own, sizes, strict=True)])
+            rows = self.collectives.all_gather(message, self.collectives.peers, "merge_refresh").split(sizes, 1)
+            for name, parts in zip(bucket.names, rows, strict=True):
+                lengths = [_length(part) for part in self.ownership[name].parts]
+                shards[name].copy_(torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]))
+        else:
+            for name in bucket.names:
+                if shards[name].data_ptr() != source[name].data_ptr():
+                    shards[name].copy_(source[name])
+        if self.folded and fold:
+            for name in bucket.names:
+                shards[name].sub_(self.node_product[name])
+
+    def _clear_products(self) -> None:
+        if not self.resetless:
+            return
+        for bucket in self.buckets:
+            for name in bucket.names:
+                own, like = self.ownership[name], self.outer.masters[name]
+                if self.folded or self.two_level or bucket.path == "dense":
+                    self.node_product[name] = like.new_zeros(sum(map(_length, own.parts)))
+                if bucket.path == "factor":
+                    self.mean_product[name] = like.new_zeros(_length(own.own))
+
+    @torch.no_grad()
+    def restore_products(self) -> None:
+        """Form the products of the last merge anew from the previous factors (resetless; after loading them)."""
+        if not self.resetless:
+            return
+        self._clear_products()
+        for bucket in self.buckets:
+            packed = self.exchange.pack(bucket.names, previous=True)
+            if self.folded or self.two_level or bucket.path == "dense":
+                self._node_changes(bucket, packed)
+            if bucket.path == "factor":
+                gathered = self.exchange.between_nodes(packed.unsqueeze(0), self.exchange.size(bucket.names))
+                self._changes(bucket, gathered, self.mean_product, whole=False)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Write the master to the engine (after loading it)."""
+        with self._editable() as shards:
+            for bucket in self.buckets:
+                self._publish(bucket, self.outer.masters, shards)
+
+    @contextmanager
+    def merged(self, *, average: bool = False) -> Iterator[None]:
+        """Within: the model is that of the last global merge (or its moving average), without heads."""
+        with self._editable() as shards:
+            kept = {name: shard.clone() for name, shard in shards.items()}
+            weights = dict(self.outer.averages if average else self.outer.masters)
+            for bucket in self.buckets:
+                self._publish(bucket, weights, shards, fold=False)
+        kept_replicas = self.replicas.swap_in(average)
+        self.heads.layout.active = False
+        try:
+            yield
+        finally:
+            self.heads.layout.active = True
+            self.replicas.swap_out(kept_replicas)
+            with self._editable() as shards:
+                for name, shard in shards.items():
+                    shard.copy_(kept[name])
+
+
+def _length(part: Slice) -> int:
+    return part[1] - part[0]
+
+
+def _cut(flat: Tensor, held: Slice, part: Slice) -> Tensor:
+    """The elements of `part` from a flat tensor that holds `held`."""
+    return flat[part[0] - held[0] : part[1] - held[0]]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,120 @@
+"""The heads' optimizer: AdamW over stacked heads, clipped, skipped and restarted head by head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from lte_scale.collectives import Collectives
+from lte_scale.config.schema import OptimizerConfig
+from lte_scale.model import Heads
+
+
+class HeadOptimizer:
+    """Steps the factors and replica parameters of the heads of this process.
+
+    AdamW is elementwise, so stepping [H, ...] tensors is stepping H heads. The norm of a head's gradient is taken
+    over all its tensors. A head whose loss or gradient is not finite keeps parameters and moments as they were.
+
+    Attributes:
+        skipped_in_a_row: for each head, steps skipped since its last good one.
+    """
+
+    def __init__(self, heads: Heads, config: OptimizerConfig, collectives: Collectives) -> None:
+        self.heads, self.config, self.collectives = heads, config, collectives
+        self.parameters: dict[str, nn.Parameter] = heads.parameters()
+        factors = heads.factor_parameters()
+        groups = [
+            {"params": list(factors.values()), "peak": config.lr, "weight_decay": config.weight_decay},
+            {"params": list(heads.replicas.values()), "peak": config.replica_lr, "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(
+            groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+        )
+        self.skipped_in_a_row = [0] * len(heads.ids)
+
+    def average_gradients(self) -> None:
+        """Mean over the ranks that share the head, in one message."""
+        group = self.collectives.head
+        if group.size == 1:
+            return
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        flat = parameters_to_vector(gradients)
+        self.collectives.all_reduce(flat, group, "head_gradient")
+        vector_to_parameters(flat.div_(group.size), gradients)
+
+    def gradient_norms(self) -> Tensor:
+        """Norm of every head's gradient [H]."""
+        count = len(self.heads.ids)
+        squares = [p.grad.view(count, -1).square().sum(1) for p in self.parameters.values() if p.grad is not None]
+        return torch.stack(squares).sum(0).sqrt()
+
+    def step(self, losses: Tensor, norms: Tensor, schedule: Callable[[float], float]) -> list[bool]:
+        """One step of every head that is finite.
+
+        Args:
+            losses: mean loss of every head [H].
+            norms: from `gradient_norms`, after averaging [H].
+            schedule: the learning rate from its peak.
+
+        Returns:
+            For every head, whether it was skipped.
+        """
+        finite = (losses.isfinite() & norms.isfinite()).to(norms.device)
+        skipped = (~finite).tolist()
+        self._scale_gradients(norms, finite, any(skipped))
+        kept = self._slices([i for i, bad in enumerate(skipped) if bad])
+        for group in self.adamw.param_groups:
+            group["lr"] = schedule(group["peak"])
+        self.adamw.step()
+        for tensor, index, value in kept:
+            tensor[index].copy_(value)
+        self.skipped_in_a_row = [n + 1 if bad else 0 for n, bad in zip(self.skipped_in_a_row, skipped, strict=True)]
+        return skipped
+
+    def _scale_gradients(self, norms: Tensor, finite: Tensor, any_skipped: bool) -> None:
+        clip = self.config.clip_norm
+        factors = (clip / (norms + 1e-6)).clamp(max=1.0) if clip else torch.ones_like(norms)
+        for parameter in self.parameters.values():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            per_head = gradient.view(len(self.heads.ids), -1)
+            if any_skipped:
+                per_head.masked_fill_(~finite.unsqueeze(1), 0.0)
+            per_head.mul_(torch.where(finite, factors, 0.0).unsqueeze(1))
+
+    @torch.no_grad()
+    def _slices(self, indices: list[int]) -> list[tuple[Tensor, int, Tensor]]:
+        """Copies of everything these heads' step would change: (per-head view, index, value)."""
+        kept = []
+        for parameter in self.parameters.values() if indices else ():
+            tensors = [parameter.detach(), *self.moments(parameter).values()]
+            views = [t.view(len(self.heads.ids), -1) for t in tensors]
+            kept += [(view, index, view[index].clone()) for view in views for index in indices]
+        return kept
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's `exp_avg` and `exp_avg_sq` of a parameter, created if it has none yet."""
+        state = self.adamw.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        return {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+
+    @torch.no_grad()
+    def restart(self, policy: str) -> None:
+        """After a merge. `keep` leaves the state, `reset` clears it all, `reset_b` that of B alone."""
+        if policy == "keep":
+            return
+        for name, parameter in self.parameters.items():
+            if policy == "reset" or (name in self.heads.factor_parameters() and name.endswith(".B")):
+                for moment in self.moments(parameter).values():
+                    moment.zero_()
+                self.adamw.state[parameter]["step"].zero_()
+
+    def zero_grad(self) -> None:
+        self.adamw.zero_grad(set_to_none=True)

@@ -1,0 +1,79 @@
+"""What the ranks run in the equality tests: LTE on real process groups, returning what each rank owns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lte_scale.collectives import Collectives
+from lte_scale.config.schema import Config
+from lte_scale.engines.build import build_engine
+from lte_scale.merge import Merger
+from lte_scale.model import attach, build
+from lte_scale.optim import HeadOptimizer
+from lte_scale.topology import from_environment
+from tests.reference import CLASSES, head_batch
+
+BATCH = 4
+
+
+@dataclass
+class Outcome:
+    """One rank's parts of the masters, the replica masters, and what it sent."""
+
+    parts: dict[str, tuple[int, int, Tensor]]
+    replicas: dict[str, Tensor]
+    bytes_sent: dict[tuple[str, str], int]
+    paths: dict[str, str]
+    base_bytes_by_step: list[int]
+
+
+class Run:
+    """The pieces of a training run, put together by hand."""
+
+    def __init__(self, config: Config) -> None:
+        self.topology = from_environment(config.topology.heads_per_node)
+        self.collectives = Collectives(self.topology, timeout_seconds=60)
+        self.model = build(config.model, CLASSES, seed=config.seed)
+        self.heads = attach(self.model, config.adapters, self.topology.my_heads, seed=config.seed)
+        self.engine = build_engine(self.model, self.heads, config, self.collectives, torch.device("cpu"))
+        self.merger = Merger(self.heads, self.engine, self.collectives, config.merge, config.base)
+        self.optimizer = HeadOptimizer(self.heads, config.optimizer, self.collectives)
+        self.policy = config.merge.optimizer_state
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        share = BATCH // self.topology.ranks_per_head
+        mine = slice(self.topology.head_member * share, (self.topology.head_member + 1) * share)
+        batches = [head_batch(step, head, BATCH) for head in self.topology.my_heads]
+        return torch.cat([x[mine] for x, _ in batches]), torch.cat([y[mine] for _, y in batches])
+
+    def step(self, step: int) -> None:
+        images, labels = self.batch(step)
+        losses = F.cross_entropy(self.engine.model(images), labels, reduction="none")
+        losses_H = losses.view(len(self.heads.ids), -1).mean(1)
+        losses_H.sum().backward()
+        self.optimizer.average_gradients()
+        self.optimizer.step(losses_H.detach(), self.optimizer.gradient_norms(), lambda peak: peak)
+        self.optimizer.zero_grad()
+        if self.merger.due(step):
+            self.merger.merge(step)
+            self.optimizer.restart(self.policy)
+
+
+def train(rank: int, config: Config, steps: int) -> Outcome:
+    run = Run(config)
+    base_bytes = []
+    for step in range(1, steps + 1):
+        run.step(step)
+        base_bytes.append(sum(n for (_, purpose), n in run.collectives.bytes_sent.items() if purpose == "base"))
+    parts: dict[str, tuple[int, int, Tensor]] = {}
+    with run.merger._editable():
+        for name, own in run.merger.ownership.items():
+            parts[name] = (*own.own, run.merger.outer.masters[name].clone())
+    sent: dict[Any, int] = dict(run.collectives.bytes_sent)
+    replicas = {name: value.clone() for name, value in run.merger.replicas.outer.masters.items()}
+    return Outcome(parts, replicas, sent, dict(run.merger.paths), base_bytes)
