@@ -1,0 +1,213 @@
+"""The training run: build once, then step -> merge? -> evaluate? -> checkpoint? -> record, until the last step."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+import torch
+import torch.nn.functional as F
+
+from lte_scale.checkpoint import Checkpoints, Pieces
+from lte_scale.collectives import Collectives
+from lte_scale.config import dump
+from lte_scale.config.schema import Config
+from lte_scale.cost import training_flops
+from lte_scale.data import Batch, TrainStream, open_index
+from lte_scale.engines.build import build_engine
+from lte_scale.evaluate import Evaluator
+from lte_scale.initial import seed_of
+from lte_scale.log import log
+from lte_scale.merge import Merger
+from lte_scale.model import attach, build
+from lte_scale.optim import HeadOptimizer
+from lte_scale.preemption import Preemption
+from lte_scale.recorder import Recorder
+from lte_scale.schedules import due, passed
+from lte_scale.state import Schedule, TrainState
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; what there was is saved."""
+
+
+class Trainer:
+    """One run of one configuration on this process's part of the world. A context manager."""
+
+    def __init__(self, config: Config, collectives: Collectives, device: torch.device) -> None:
+        topology = collectives.topology
+        self.config, self.collectives, self.topology, self.device = config, collectives, topology, device
+        index = open_index(config.data.train, allow_pipe=config.data.allow_pipe)
+        classes = config.model.num_classes or index.num_classes
+        self.schedule = Schedule.of(config, index.samples, topology.heads)
+        self.stream = TrainStream(
+            index, heads=topology.my_heads, total_heads=topology.heads, member=topology.head_member,
+            members=topology.ranks_per_head, batch_size=config.train.batch_size, seed=config.seed,
+            image_size=config.model.image_size, channels=config.model.channels, num_classes=classes,
+            augment=config.augment, data=config.data,
+        )
+        model = build(config.model, classes, seed=config.seed)
+        self.heads = attach(model, config.adapters, topology.my_heads, seed=config.seed)
+        flops = training_flops(model, self.heads, config.model.image_size)
+        self.engine = build_engine(model, self.heads, config, collectives, device)
+        self.merger = Merger(
+            self.heads, self.engine, collectives, config.merge, config.base, ema_decay=config.train.ema_decay
+        )
+        self.optimizer = HeadOptimizer(self.heads, config.optimizer, collectives)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
+        self.evaluator = Evaluator(config, collectives, device, self.autocast)
+        self.checkpoints = Checkpoints(Path(config.run_dir), config.checkpoint, collectives)
+        self.recorder = Recorder(
+            config.metrics, Path(config.run_dir), collectives, self.schedule, heads=len(self.heads.ids),
+            device=device, flops_per_image=flops,
+        )
+        coupled = config.base.scope == "global" and config.base.gather == "pass"
+        self.preemption = Preemption(collectives, collectives.world if coupled else collectives.node)
+        self.state, self.position = TrainState(), 0
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.checkpoints.close()
+        self.recorder.close()
+        self.preemption.close()
+
+    def run(self) -> int:
+        """Train to the end, or until a signal. Returns the exit code: 0, or 128 + the signal."""
+        state, schedule, merger = self.state, self.schedule, self.merger
+        batches = self.stream.iterate(self.position)
+        while state.step < schedule.total:
+            state.step += 1
+            self.train_step(batches)
+            everywhere = merger.is_global(state.step)
+            if merger.due(state.step):
+                self.merge()
+            last = state.step == schedule.total
+            results = None
+            if everywhere and (last or passed(state.step, schedule.evaluate, state.evaluated_step)):
+                results = self.evaluate()
+            stopping = self.preemption.should_stop(state.step)
+            if due(state.step, self.config.metrics.every, schedule.total) or results or stopping:
+                lr = schedule.lr(self.config.optimizer.lr, state.step)
+                self.recorder.record(state, lr, everywhere=everywhere, evaluation=results)
+            if due(state.step, schedule.checkpoint, schedule.total) or stopping:
+                self.save(top1=results and results["eval_top1"], wait=last or stopping)
+            self.checkpoints.poll()
+            if stopping:
+                if self.preemption.reason:
+                    raise TrainingError(f"{self.preemption.reason}; saved at step {state.step}")
+                log.warning("stopped after step %d; resume with resume=auto", state.step)
+                return 128 + (self.preemption.received or signal.SIGTERM)
+        return 0
+
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step of every head of this process, over `train.accumulate` micro-batches."""
+        config, heads = self.config, len(self.heads.ids)
+        # Stochastic depth is a function of seed, step and rank, so that a resumed run repeats it without saved state.
+        torch.manual_seed(seed_of("step", config.seed, self.state.step, self.topology.rank))
+        losses = torch.zeros(heads, device=self.device)
+        correct = torch.zeros((), device=self.device)
+        images = 0
+        for _ in range(config.train.accumulate):
+            batch = self.next_batch(batches)
+            x, targets, labels = (
+                t.to(self.device, non_blocking=True) for t in (batch.images, batch.targets, batch.labels)
+            )
+            with self.autocast:
+                logits = self.engine.model(x).float()
+            smoothing = config.augment.label_smoothing if targets.ndim == 1 else 0.0
+            each = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+            micro = each.view(heads, -1).mean(1) / config.train.accumulate
+            micro.sum().backward()
+            losses += micro.detach()
+            correct += (logits.detach().argmax(1) == labels).sum()
+            images += len(labels)
+        if self.state.step == 1:
+            self.check_all_trained()
+        self.optimizer.average_gradients()
+        norms = self.optimizer.gradient_norms()
+        skipped = self.optimizer.step(losses, norms, lambda peak: self.schedule.lr(peak, self.state.step))
+        self.optimizer.zero_grad()
+        self.recorder.interval.add(losses, correct, norms, images)
+        if any(skipped):
+            self.after_skips(skipped)
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch, with the time waited for it and the damage met on the way taken down."""
+        began = time.perf_counter()
+        batch = next(batches)
+        self.state.data_wait_seconds += time.perf_counter() - began
+        self.position = batch.position
+        for name in batch.bad:
+            self.state.bad_here += 1
+            log.warning("skipped damaged %s", name)
+        return batch
+
+    def check_all_trained(self) -> None:
+        """A layer whose weights the model uses without calling it would silently not be trained."""
+        unused = [name for name, parameter in self.heads.parameters().items() if parameter.grad is None]
+        if unused:
+            raise ValueError(
+                f"model.name: {self.config.model.name} does not use {unused[0]} through its layer's forward "
+                f"({len(unused)} such parameters), so its heads would not be trained; choose another model"
+            )
+
+    def after_skips(self, skipped: list[bool]) -> None:
+        """Count skipped steps; give up, saved, when one head keeps failing."""
+        for head, bad, row in zip(self.heads.ids, skipped, self.optimizer.skipped_in_a_row, strict=True):
+            if bad:
+                self.state.skipped_here += 1
+                log.warning("step %d: head %d skipped, its loss or gradient is not finite", self.state.step, head)
+            if row >= self.config.train.max_skipped:
+                self.preemption.fail(
+                    f"head {head} skipped {row} steps in a row up to step {self.state.step} for a non-finite loss or "
+                    "gradient; lower optimizer.lr or adapters.alpha"
+                )
+
+    def merge(self) -> None:
+        """Merge the heads after this step, inside the node or everywhere."""
+        step, everywhere = self.state.step, self.merger.is_global(self.state.step)
+        began = time.perf_counter()
+        if everywhere:
+            self.preemption.entering_global_merge(step)
+        self.merger.merge(step, decay=self.schedule.master_decay(step) if everywhere else 0.0)
+        self.optimizer.restart(self.config.merge.optimizer_state)
+        self.state.merge_seconds += time.perf_counter() - began
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy of the merged weights, and of their moving average where there is one."""
+        results: dict[str, float] = {}
+        if self.evaluator.index is None:
+            return results
+        with self.merger.merged(average=self.config.train.ema_decay > 0):
+            results = self.evaluator(self.engine.model)
+        self.state.evaluated_step = self.state.step
+        self.state.best_top1 = max(self.state.best_top1, results["eval_top1"])
+        return results
+
+    def pieces(self) -> Pieces:
+        """What a checkpoint holds besides `state`."""
+        return Pieces(
+            heads=self.heads, merger=self.merger, optimizer=self.optimizer,
+            positions=dict.fromkeys(self.heads.ids, self.position),
+        )
+
+    def save(self, *, top1: float | None, wait: bool) -> None:
+        self.checkpoints.save(self.pieces(), asdict(self.state), dump(self.config), top1=top1, wait=wait)
+
+    def resume(self) -> None:
+        """Load the checkpoint that `resume` names, if there is one."""
+        found = self.checkpoints.find(self.config.resume)
+        if found is not None:
+            pieces = self.pieces()
+            self.state = TrainState(**self.checkpoints.load(found, pieces))
+            self.position = pieces.positions[self.heads.ids[0]]
+            log.info("resumed from %s at step %d of %d", found, self.state.step, self.schedule.total)
+        self.recorder.resume(self.state)
