@@ -24,6 +24,18 @@ from lte_scale.topology import Topology
 
 T = TypeVar("T")
 Scope = Literal["inter_node", "intra_node"]
+SCOPES: tuple[Scope, ...] = ("inter_node", "intra_node")
+PURPOSES = (
+    "base",  # gathering base weights for forward and backward
+    "head_gradient",  # averaging over the ranks that share a head
+    "merge_factor",
+    "merge_dense",
+    "merge_replica",
+    "merge_refresh",  # masters to the node's compute copies
+    "evaluate",
+    "metrics",
+    "control",  # agreeing when to stop
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +108,13 @@ class Collectives:
         if sent:
             self.bytes_sent[group.scope, purpose] += sent
 
-    def scope_bytes(self, scope: Scope) -> int:
-        """Bytes this rank has sent so far over links of one scope."""
-        return sum(count for (of, _), count in self.bytes_sent.items() if of == scope)
+    def node_bytes(self) -> dict[tuple[Scope, str], int]:
+        """Bytes that the ranks of this node have sent so far, by (scope, purpose). Collective in the node."""
+        keys = [(scope, purpose) for scope in SCOPES for purpose in PURPOSES]
+        counts = torch.tensor([self.bytes_sent[key] for key in keys])
+        if self.node.size > 1:
+            dist.all_reduce(counts, group=self.node.process_group)
+        return dict(zip(keys, counts.tolist(), strict=True))
 
     def all_reduce(self, tensor: Tensor, group: Group, purpose: str, *, maximum: bool = False) -> Tensor:
         """Sum (or maximum) over the group, in place."""

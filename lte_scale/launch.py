@@ -38,7 +38,7 @@ def train(config: Config) -> int:
     _init_process_group(topology, device)
     try:
         collectives = Collectives(topology, timeout_seconds=_TIMEOUT.total_seconds())
-        logs.setup(topology, run_dir)
+        logs.setup(topology.rank, run_dir, node=topology.node)
         if topology.rank == 0:
             (run_dir / "config.yaml").write_text(dump(config))
             _announce(config, topology, device)

@@ -36,8 +36,32 @@ class HeadOptimizer:
         )
         self.skipped_in_a_row = [0] * len(heads.ids)
 
-    def average_gradients(self) -> None:
-        """Mean over the ranks that share the head, in one message."""
+    def step(self, losses: Tensor, rate: Callable[[float], float] = lambda peak: peak) -> tuple[Tensor, list[bool]]:
+        """Average the gradients over the ranks that share a head, clip, step every head that is finite, clear.
+
+        Args:
+            losses: mean loss of every head [H].
+            rate: the learning rate from its peak.
+
+        Returns:
+            The norm of every head's gradient [H], and for every head whether it was skipped.
+        """
+        self._average_gradients()
+        norms = self._gradient_norms()
+        finite = (losses.isfinite() & norms.isfinite()).to(norms.device)
+        skipped = (~finite).tolist()
+        self._scale_gradients(norms, finite, any(skipped))
+        kept = self._slices([index for index, bad in enumerate(skipped) if bad])
+        for group in self.adamw.param_groups:
+            group["lr"] = rate(group["peak"])
+        self.adamw.step()
+        for view, index, value in kept:
+            view[index].copy_(value)
+        self.adamw.zero_grad()
+        self.skipped_in_a_row = [n + 1 if bad else 0 for n, bad in zip(self.skipped_in_a_row, skipped, strict=True)]
+        return norms, skipped
+
+    def _average_gradients(self) -> None:
         group = self.collectives.head
         if group.size == 1:
             return
@@ -46,34 +70,10 @@ class HeadOptimizer:
         self.collectives.all_reduce(flat, group, "head_gradient")
         vector_to_parameters(flat.div_(group.size), gradients)
 
-    def gradient_norms(self) -> Tensor:
-        """Norm of every head's gradient [H]."""
+    def _gradient_norms(self) -> Tensor:
         count = len(self.heads.ids)
         squares = [p.grad.view(count, -1).square().sum(1) for p in self.parameters.values() if p.grad is not None]
         return torch.stack(squares).sum(0).sqrt()
-
-    def step(self, losses: Tensor, norms: Tensor, schedule: Callable[[float], float]) -> list[bool]:
-        """One step of every head that is finite.
-
-        Args:
-            losses: mean loss of every head [H].
-            norms: from `gradient_norms`, after averaging [H].
-            schedule: the learning rate from its peak.
-
-        Returns:
-            For every head, whether it was skipped.
-        """
-        finite = (losses.isfinite() & norms.isfinite()).to(norms.device)
-        skipped = (~finite).tolist()
-        self._scale_gradients(norms, finite, any(skipped))
-        kept = self._slices([i for i, bad in enumerate(skipped) if bad])
-        for group in self.adamw.param_groups:
-            group["lr"] = schedule(group["peak"])
-        self.adamw.step()
-        for tensor, index, value in kept:
-            tensor[index].copy_(value)
-        self.skipped_in_a_row = [n + 1 if bad else 0 for n, bad in zip(self.skipped_in_a_row, skipped, strict=True)]
-        return skipped
 
     def _scale_gradients(self, norms: Tensor, finite: Tensor, any_skipped: bool) -> None:
         clip = self.config.clip_norm
@@ -115,6 +115,3 @@ class HeadOptimizer:
                 for moment in self.moments(parameter).values():
                     moment.zero_()
                 self.adamw.state[parameter]["step"].zero_()
-
-    def zero_grad(self) -> None:
-        self.adamw.zero_grad(set_to_none=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lte_scale.collectives import Collectives
+from lte_scale.collectives import SCOPES, Collectives
 from lte_scale.config.schema import MetricsConfig
-from lte_scale.log import log
+from lte_scale.log import progress
 from lte_scale.metrics import Endpoint, JsonlWriter, Record, format_progress, peak_tflops
 from lte_scale.state import Schedule, TrainState
 
@@ -29,7 +29,6 @@ class Interval:
         for tensor in (self.loss, self.correct, self.gradient_norm):
             tensor.zero_()
         self.steps = self.images = 0
-        self.data_wait_seconds = self.merge_seconds = 0.0
         self.began = time.perf_counter()
 
     def add(self, losses: Tensor, correct: Tensor, norms: Tensor, images: int) -> None:
@@ -72,14 +71,34 @@ class Recorder:
         self.started, self.started_step = time.perf_counter(), state.step
         if self.writer is not None:
             self.writer.rewind(state.step)
+        if self.endpoint is not None:
+            self.endpoint.resume(**self._counters(state))
         self.interval.clear()
+
+    def _counters(self, state: TrainState) -> dict[str, float]:
+        return {
+            "step": state.step,
+            "images": state.step * self.schedule.images_per_step,
+            "data_wait_seconds": state.data_wait_seconds,
+            "skipped_steps": state.skipped_steps,
+            "bad_samples": state.bad_samples,
+        }
+
+    def merged(self, everywhere: bool, seconds: float) -> None:
+        """Count a merge on the node's endpoint."""
+        if self.endpoint is not None:
+            self.endpoint.merged("global" if everywhere else "local", seconds)
 
     def record(
         self, state: TrainState, lr: float, *, everywhere: bool, evaluation: dict[str, float] | None = None
     ) -> Record:
         """Reduce the interval over the node, or over all nodes after a global merge, and write it. Collective."""
         interval, topology = self.interval, self.collectives.topology
-        self._count(state)
+        sent = self.collectives.node_bytes()
+        state.inter_node_bytes, state.intra_node_bytes = (
+            before + sum(count for (of, _), count in sent.items() if of == scope)
+            for before, scope in zip(self.resumed_bytes, SCOPES, strict=True)
+        )
         group = self.collectives.world if everywhere else self.collectives.node
         sums = torch.stack([interval.loss, interval.correct, interval.gradient_norm]).double()
         extra = torch.tensor([interval.images, state.skipped_here, state.bad_here], device=self.device)
@@ -110,16 +129,11 @@ class Recorder:
         )
         if self.writer is not None:
             self.writer.write(record)
-            log.info(format_progress(record, self.schedule.total, self._seconds_left(state.step)))
+            progress.info(format_progress(record, self.schedule.total, self._seconds_left(state.step)))
         if self.endpoint is not None:
-            self.endpoint.update(record, dict(self.collectives.bytes_sent))
+            self.endpoint.update(record, sent)
         interval.clear()
         return record
-
-    def _count(self, state: TrainState) -> None:
-        sent = [self.collectives.scope_bytes("inter_node"), self.collectives.scope_bytes("intra_node")]
-        node = self.collectives.all_reduce(torch.tensor(sent), self.collectives.node, "metrics").tolist()
-        state.inter_node_bytes, state.intra_node_bytes = (a + b for a, b in zip(self.resumed_bytes, node, strict=True))
 
     def _seconds_left(self, step: int) -> float:
         done = step - self.started_step

@@ -12,19 +12,15 @@ from types import TracebackType
 import torch
 import torch.nn.functional as F
 
+from lte_scale.assemble import assemble
 from lte_scale.checkpoint import Checkpoints, Pieces
 from lte_scale.collectives import Collectives
 from lte_scale.config import dump
 from lte_scale.config.schema import Config
-from lte_scale.cost import training_flops
 from lte_scale.data import Batch, TrainStream, open_index
-from lte_scale.engines.build import build_engine
 from lte_scale.evaluate import Evaluator
 from lte_scale.initial import seed_of
 from lte_scale.log import log
-from lte_scale.merge import Merger
-from lte_scale.model import attach, build
-from lte_scale.optim import HeadOptimizer
 from lte_scale.preemption import Preemption
 from lte_scale.recorder import Recorder
 from lte_scale.schedules import due, passed
@@ -50,20 +46,14 @@ class Trainer:
             image_size=config.model.image_size, channels=config.model.channels, num_classes=classes,
             augment=config.augment, data=config.data,
         )
-        model = build(config.model, classes, seed=config.seed)
-        self.heads = attach(model, config.adapters, topology.my_heads, seed=config.seed)
-        flops = training_flops(model, self.heads, config.model.image_size)
-        self.engine = build_engine(model, self.heads, config, collectives, device)
-        self.merger = Merger(
-            self.heads, self.engine, collectives, config.merge, config.base, ema_decay=config.train.ema_decay
-        )
-        self.optimizer = HeadOptimizer(self.heads, config.optimizer, collectives)
+        lte = assemble(config, classes, collectives, device)
+        self.engine, self.heads, self.merger, self.optimizer = lte.engine, lte.heads, lte.merger, lte.optimizer
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
         self.evaluator = Evaluator(config, collectives, device, self.autocast)
         self.checkpoints = Checkpoints(Path(config.run_dir), config.checkpoint, collectives)
         self.recorder = Recorder(
             config.metrics, Path(config.run_dir), collectives, self.schedule, heads=len(self.heads.ids),
-            device=device, flops_per_image=flops,
+            device=device, flops_per_image=lte.flops_per_image,
         )
         coupled = config.base.scope == "global" and config.base.gather == "pass"
         self.preemption = Preemption(collectives, collectives.world if coupled else collectives.node)
@@ -131,10 +121,7 @@ class Trainer:
             images += len(labels)
         if self.state.step == 1:
             self.check_all_trained()
-        self.optimizer.average_gradients()
-        norms = self.optimizer.gradient_norms()
-        skipped = self.optimizer.step(losses, norms, lambda peak: self.schedule.lr(peak, self.state.step))
-        self.optimizer.zero_grad()
+        norms, skipped = self.optimizer.step(losses, lambda peak: self.schedule.lr(peak, self.state.step))
         self.recorder.interval.add(losses, correct, norms, images)
         if any(skipped):
             self.after_skips(skipped)
@@ -179,7 +166,9 @@ class Trainer:
             self.preemption.entering_global_merge(step)
         self.merger.merge(step, decay=self.schedule.master_decay(step) if everywhere else 0.0)
         self.optimizer.restart(self.config.merge.optimizer_state)
-        self.state.merge_seconds += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.state.merge_seconds += seconds
+        self.recorder.merged(everywhere, seconds)
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy of the merged weights, and of their moving average where there is one."""

@@ -9,12 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lte_scale.assemble import assemble
 from lte_scale.collectives import Collectives
 from lte_scale.config.schema import Config
-from lte_scale.engines.build import build_engine
-from lte_scale.merge import Merger
-from lte_scale.model import attach, build
-from lte_scale.optim import HeadOptimizer
 from lte_scale.topology import from_environment
 from tests.reference import CLASSES, head_batch
 
@@ -38,11 +35,8 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.topology = from_environment(config.topology.heads_per_node)
         self.collectives = Collectives(self.topology, timeout_seconds=60)
-        self.model = build(config.model, CLASSES, seed=config.seed)
-        self.heads = attach(self.model, config.adapters, self.topology.my_heads, seed=config.seed)
-        self.engine = build_engine(self.model, self.heads, config, self.collectives, torch.device("cpu"))
-        self.merger = Merger(self.heads, self.engine, self.collectives, config.merge, config.base)
-        self.optimizer = HeadOptimizer(self.heads, config.optimizer, self.collectives)
+        lte = assemble(config, CLASSES, self.collectives, torch.device("cpu"))
+        self.engine, self.heads, self.merger, self.optimizer = lte.engine, lte.heads, lte.merger, lte.optimizer
         self.policy = config.merge.optimizer_state
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -56,9 +50,7 @@ class Run:
         losses = F.cross_entropy(self.engine.model(images), labels, reduction="none")
         losses_H = losses.view(len(self.heads.ids), -1).mean(1)
         losses_H.sum().backward()
-        self.optimizer.average_gradients()
-        self.optimizer.step(losses_H.detach(), self.optimizer.gradient_norms(), lambda peak: peak)
-        self.optimizer.zero_grad()
+        self.optimizer.step(losses_H.detach())
         if self.merger.due(step):
             self.merger.merge(step)
             self.optimizer.restart(self.policy)

@@ -1,0 +1,72 @@
+"""From a configuration to a model with heads, sharded, with its merge and optimizer: the order is written here, once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lte_scale.collectives import Collectives
+from lte_scale.config.schema import Config
+from lte_scale.cost import training_flops
+from lte_scale.engines.base import Engine, SingleEngine, fill_base, wrap_blocks
+from lte_scale.engines.fsdp import FSDPEngine
+from lte_scale.merge import Merger
+from lte_scale.model import Heads, attach, build
+from lte_scale.optim import HeadOptimizer
+from lte_scale.topology import from_environment
+
+
+@dataclass(frozen=True)
+class LTE:
+    """What a training loop needs: call `model`, step `optimizer`, and `merger` when it is due."""
+
+    heads: Heads
+    engine: Engine
+    merger: Merger
+    optimizer: HeadOptimizer
+    flops_per_image: int
+
+    @property
+    def model(self) -> nn.Module:
+        return self.engine.model
+
+    @contextmanager
+    def merged(self) -> Iterator[nn.Module]:
+        """The model of the last global merge, in evaluation mode."""
+        with self.merger.merged():
+            self.model.eval()
+            yield self.model
+            self.model.train()
+
+
+def assemble(config: Config, num_classes: int, collectives: Collectives, device: torch.device) -> LTE:
+    """Build, attach heads, wrap (checkpointing, compile, shard), materialise, fill.
+
+    Raises:
+        ValueError: for a model that timm does not have or LTE cannot train.
+    """
+    model = build(config.model, num_classes, seed=config.seed)
+    heads = attach(model, config.adapters, collectives.topology.my_heads, seed=config.seed)
+    flops = training_flops(model, heads, config.model.image_size)
+    blocks = wrap_blocks(
+        model, checkpoint_activations=config.train.checkpoint_activations, compile=config.train.compile
+    )
+    engine: Engine
+    if config.engine.name == "fsdp":
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        engine = FSDPEngine(model, heads, blocks, collectives, config.base, device=device, compute_dtype=dtype)
+    else:
+        engine = SingleEngine(model, heads, device)
+    fill_base(engine, heads, rank=collectives.topology.rank, seed=config.seed)
+    merger = Merger(heads, engine, collectives, config.merge, config.base, ema_decay=config.train.ema_decay)
+    return LTE(heads, engine, merger, HeadOptimizer(heads, config.optimizer, collectives), flops)
+
+
+def adapt(config: Config, num_classes: int, device: str | torch.device = "cpu") -> LTE:
+    """`assemble` for a loop of one's own, on the ranks that torchrun started or in one process."""
+    topology = from_environment(config.topology.heads_per_node)
+    return assemble(config, num_classes, Collectives(topology), torch.device(device))
