@@ -1,4 +1,4 @@
-"""The command line: `lte-scale train | plan | shards | eval | export | report`."""
+"""The command line: lte-scale train | plan | shards | eval | export | report."""
 
 from __future__ import annotations
 
@@ -6,49 +6,35 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from datetime import timedelta
-from pathlib import Path
+from importlib import import_module
 
 from lte_scale import __version__
-from lte_scale.config import Config, check_topology, check_training, dump, load_config
 
 USER_ERROR = 2
-TRAINING_FAILED = 3
 
-
-def parser() -> argparse.ArgumentParser:
-    """All commands; the modules behind them are imported only when they run."""
-    top = argparse.ArgumentParser(prog="lte-scale", description=__doc__)
-    top.add_argument("--version", action="version", version=f"lte-scale {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="pre-train a vision transformer with LTE")
-    train.add_argument("config", metavar="CONFIG", help="YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="for example merge.every=50")
-    train.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    train.set_defaults(run=run_train)
-    for name in ("plan", "shards", "eval", "export", "report"):
-        _add(commands, name)
-    return top
-
-
-def _add(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str) -> None:
-    if name == "plan":
-        from lte_scale import plan
-
-        plan.add_arguments(commands.add_parser(name, help="memory per rank, bytes per merge, paths; needs no data"))
-    elif name == "shards":
-        from lte_scale import shards
-
-        shards.add_arguments(commands.add_parser(name, help="write WebDataset shards"))
-    elif name == "report":
-        from lte_scale import report
-
-        report.add_arguments(commands.add_parser(name, help="curves of one or more runs, PNG and HTML"))
+# Command: module, its functions that add arguments and run, help. A module is imported only for its own command.
+COMMANDS = {
+    "train": ("lte_scale.launch", "add_arguments", "run", "pre-train a vision transformer with LTE"),
+    "plan": ("lte_scale.plan", "add_arguments", "run", "memory per rank, bytes per merge, chosen paths; needs no data"),
+    "shards": ("lte_scale.shards", "add_arguments", "run", "write WebDataset shards from images"),
+    "eval": ("lte_scale.export", "add_eval_arguments", "run_eval", "accuracy of the merged weights of a run"),
+    "export": ("lte_scale.export", "add_export_arguments", "run_export", "merged weights as safetensors for timm"),
+    "report": ("lte_scale.report", "add_arguments", "run", "curves and a comparison of runs, PNG and HTML"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Errors that a user can mend end with one message and exit code 2."""
-    arguments = parser().parse_args(argv)
+    """Run one command. An error that the user can mend ends with one message and exit code 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="lte-scale", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"lte-scale {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, add, run, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name in words[:1]:
+            getattr(import_module(module), add)(command)
+            command.set_defaults(run=getattr(import_module(module), run))
+    arguments = parser.parse_args(words)
     try:
         return int(arguments.run(arguments))
     except ValueError as error:
@@ -56,14 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"lte-scale: {error}", file=sys.stderr)
         return USER_ERROR
-
-
-def run_train(arguments: argparse.Namespace) -> int:
-    """`lte-scale train`: everything that can be refused is refused before a process group or a file exists."""
-    config = load_config(arguments.config, arguments.overrides)
-    if arguments.print_config:
-        print(dump(config), end="")
+    except BrokenPipeError:  # `lte-scale plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    from lte_scale.launch import train
-
-    return train(config)

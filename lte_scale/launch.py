@@ -1,7 +1,8 @@
-"""From a configuration to a running trainer: topology, device, process group, run directory."""
+"""`lte-scale train`: from a configuration to a running trainer. Topology, device, process group, run directory."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from datetime import timedelta
@@ -13,41 +14,68 @@ import torch.distributed as dist
 from lte_scale import log as logs
 from lte_scale.checkpoint import check_writable
 from lte_scale.collectives import Collectives
-from lte_scale.config import check_topology, check_training, dump
+from lte_scale.config import check_topology, check_training, dump, load_config
 from lte_scale.config.schema import Config
 from lte_scale.topology import Topology, from_environment
 from lte_scale.trainer import Trainer, TrainingError
 
-TRAINING_FAILED = 3
+REFUSED, FAILED = 2, 3
 _TIMEOUT = timedelta(minutes=10)
 
 
-def train(config: Config) -> int:
-    """Run the training that `config` describes, as the rank the environment says. Returns the exit code.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `lte-scale train`."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example merge.every=50")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
 
-    Raises:
-        ValueError: for what a user can mend.
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check all that can be checked before a process group, file or accelerator is touched; then train.
+
+    Returns 0, 2 if the run is refused, 3 if it failed for good after saving, or 128 + the signal that ended it.
+    What is refused is refused by all ranks alike: rank 0 alone says why.
     """
-    topology = from_environment(config.topology.heads_per_node)
-    check_training(config)
-    check_topology(config, topology.nodes, topology.ranks_per_node)
-    run_dir = Path(config.run_dir)
-    if topology.rank == 0:
-        check_writable(run_dir)
-    device = _device(config, topology)
-    _init_process_group(topology, device)
     try:
-        collectives = Collectives(topology, timeout_seconds=_TIMEOUT.total_seconds())
-        logs.setup(topology.rank, run_dir, node=topology.node)
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.print_config:
+            print(dump(config), end="")
+            return 0
+        topology = from_environment(config.topology.heads_per_node)
+        check_training(config)
+        check_topology(config, topology.nodes, topology.ranks_per_node)
+        device = _device(config, topology)
         if topology.rank == 0:
-            (run_dir / "config.yaml").write_text(dump(config))
-            _announce(config, topology, device)
-        with Trainer(config, collectives, device) as trainer:
+            check_writable(Path(config.run_dir))
+    except ValueError:
+        if int(os.environ.get("RANK", "0")) == 0:
+            raise
+        return REFUSED
+    return train(config, topology, device)
+
+
+def train(config: Config, topology: Topology, device: torch.device) -> int:
+    """Train as this rank of the world. Collective."""
+    _init_process_group(topology, device)
+    run_dir = Path(config.run_dir)
+    try:
+        logs.setup(topology.rank, run_dir, node=topology.node)
+        collectives = Collectives(topology, timeout_seconds=_TIMEOUT.total_seconds())
+        try:
+            trainer = Trainer(config, collectives, device)
+        except ValueError:
+            if topology.rank == 0:
+                raise
+            return REFUSED
+        with trainer:
+            if topology.rank == 0:
+                (run_dir / "config.yaml").write_text(dump(config))
+                _announce(config, topology, device)
             trainer.resume()
             return trainer.run()
     except TrainingError as error:
         print(f"lte-scale: {error}", file=sys.stderr)
-        return TRAINING_FAILED
+        return FAILED
     finally:
         dist.destroy_process_group()
 
@@ -57,7 +85,6 @@ def _device(config: Config, topology: Topology) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
         return torch.device("cpu")
     if topology.local_rank >= torch.cuda.device_count():
         raise ValueError(
@@ -79,7 +106,7 @@ def _init_process_group(topology: Topology, device: torch.device) -> None:
 
 def _announce(config: Config, topology: Topology, device: torch.device) -> None:
     logs.log.info(
-        "%s with %d heads on %d x %d ranks (%s), base %s sharded in scope %s, merge every %d steps",
-        config.model.name, topology.heads, topology.nodes, topology.ranks_per_node, device.type,
-        config.engine.name, config.base.scope, config.merge.every,
-    )
+        "%s on %d nodes x %d ranks (%s): %d heads of rank %d, engine %s, base in scope %s, gathered per %s",
+        config.model.name, topology.nodes, topology.ranks_per_node, device.type, topology.heads,
+        config.adapters.rank, config.engine.name, config.base.scope, config.base.gather,
+    )  # fmt: skip

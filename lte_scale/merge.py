@@ -14,6 +14,7 @@ Every rank forms and keeps its own part of every weight, and writes it through `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 
@@ -111,7 +112,8 @@ class Merger:
             travelling = self.exchange.size([name]) * self.topology.heads_per_node
             if path == "factor":
                 travelling *= self.topology.nodes * stack
-            size = 4 * max(travelling, self.ownership[name].part_size * len(self.ownership[name].parts))
+            # Of the whole weight, not of this rank's rows: all ranks must form the same buckets.
+            size = 4 * max(travelling, math.prod(self.ownership[name].shape) // self.topology.ranks_per_node)
             if not buckets or buckets[-1].path != path or size > room:
                 buckets.append(Bucket(path, (name,)))
                 room = limit - size

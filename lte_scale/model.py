@@ -83,7 +83,13 @@ def build(config: ModelConfig, num_classes: int, *, seed: int) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]), _dense_weights_on_meta():
             torch.manual_seed(seed)
-            return cast(nn.Module, timm.create_model(config.name, pretrained=False, **arguments))
+            try:
+                return cast(nn.Module, timm.create_model(config.name, pretrained=False, **arguments))
+            except TypeError as error:  # models of any image size take no img_size
+                if "'img_size'" not in str(error):
+                    raise
+                del arguments["img_size"]
+                return cast(nn.Module, timm.create_model(config.name, pretrained=False, **arguments))
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
         raise ValueError(f"model: timm cannot build {config.name} with {given}: {error}") from error

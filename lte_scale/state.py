@@ -13,8 +13,8 @@ from lte_scale.schedules import lr_at, to_steps
 class TrainState:
     """All resumable truth besides tensors and the data position. Counters are cumulative over resumes.
 
-    `skipped_here` and `bad_here` count on this rank; `skipped_steps` and `bad_samples` over all, as of the last
-    global merge.
+    `skipped_here` and `bad_here` count on this rank (on rank 0, from the totals of the run that is resumed);
+    `skipped_steps` and `bad_samples` over all ranks, as of the last global merge.
     """
 
     step: int = 0

@@ -198,5 +198,8 @@ class Trainer:
             pieces = self.pieces()
             self.state = TrainState(**self.checkpoints.load(found, pieces))
             self.position = pieces.positions[self.heads.ids[0]]
+            first = self.topology.rank == 0
+            self.state.skipped_here = self.state.skipped_steps if first else 0
+            self.state.bad_here = self.state.bad_samples if first else 0
             log.info("resumed from %s at step %d of %d", found, self.state.step, self.schedule.total)
         self.recorder.resume(self.state)

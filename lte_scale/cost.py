@@ -1,0 +1,199 @@
+"""What a model costs, before anything runs: its shapes, its FLOPs per image, what autograd keeps for the backward pass.
+
+FLOPs and activations are counted on the model itself, traced with fake tensors: no memory, no accelerator, a second or
+two for a large model. Shapes as in `adapters`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lte_scale.adapters import LTEPatchConv
+from lte_scale.model import Heads
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One adapted weight [out, into] with factors of rank `rank`.
+
+    Attributes:
+        unit: the block it is gathered with; empty for what lies outside of all blocks.
+    """
+
+    out: int
+    into: int
+    rank: int
+    unit: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out, self.into
+
+    @property
+    def values(self) -> int:
+        return self.out * self.into
+
+    @property
+    def factor_values(self) -> int:
+        """Values of A and B of one head."""
+        return self.rank * (self.into + self.out)
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """All that memory and traffic depend on: the adapted layers by name, and the replica parameters of one head."""
+
+    layers: Mapping[str, Layer]
+    replica_values: int
+
+    @property
+    def values(self) -> int:
+        """Parameters of the model without heads."""
+        return sum(layer.values for layer in self.layers.values()) + self.replica_values
+
+    @property
+    def factor_values(self) -> int:
+        return sum(layer.factor_values for layer in self.layers.values())
+
+    @property
+    def trainable_values(self) -> int:
+        """Values that one head trains."""
+        return self.factor_values + self.replica_values
+
+
+def shapes_of(heads: Heads, blocks: Sequence[str] = ()) -> Shapes:
+    """The shapes of an adapted model; `blocks` are the names of the modules whose weights are gathered together."""
+    layers = {}
+    for name, layer in heads.linears.items():
+        unit = next((block for block in blocks if name.startswith(f"{block}.")), "")
+        layers[name] = Layer(layer.B.shape[1], layer.A.shape[2], layer.A.shape[1], unit)
+    replicas = sum(parameter.numel() for parameter in heads.replicas.values())
+    return Shapes(layers, replicas // len(heads.ids))
+
+
+def training_flops(model: nn.Module, heads: Heads, image_size: int) -> int:
+    """FLOPs per image of one training step of an adapted model: forward, input gradients and the factors' gradients.
+
+    Multiply and add are two; matrix products alone are counted, attention without the recomputation of its scores,
+    and no recomputed activations: model FLOPs, as MFU is defined (arXiv 2204.02311, appendix B).
+
+    Args:
+        model: adapted by `attach`, not sharded yet; its tensors may be on any device, `meta` too.
+    """
+    count = len(heads.ids)
+    return step_flops(model, batch=count, image_size=image_size) // count
+
+
+def step_flops(model: nn.Module, *, batch: int, image_size: int) -> int:
+    """FLOPs of forward and backward of `batch` images through any model, by what of it requires gradients."""
+    # The plain kernel computes its scores once; the fused ones count those that their backward pass computes again.
+    with _fake(model) as tensors, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        _forward(model, tensors, batch, image_size).sum().backward()
+    return int(counter.get_total_flops())
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes kept between forward and backward: outside of the blocks, in each block, and each block's input."""
+
+    outside: int
+    blocks: tuple[int, ...]
+    inputs: tuple[int, ...]
+
+    def total(self, *, checkpointed: bool) -> int:
+        """All of it; or with checkpointing the blocks' inputs, and one block at a time."""
+        kept = max(self.blocks, default=0) if checkpointed else sum(self.blocks)
+        return self.outside + sum(self.inputs) + kept
+
+
+def saved_activations(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    *,
+    batch: int,
+    image_size: int,
+    bf16: bool,
+    gathered: Collection[str] = (),
+) -> Activations:
+    """What autograd saves in a forward pass of `batch` images with fused attention, parameters aside.
+
+    Args:
+        blocks: the modules that activation checkpointing recomputes.
+        bf16: under bf16 autocast.
+        gathered: parameters that the engine hands over in bf16; of others autocast's own bf16 copies count.
+    """
+    saved: dict[int, tuple[int, int]] = {}  # storage -> bytes, index of the block or -1
+    inputs: dict[int, int] = {}
+    alive: list[object] = []  # a freed storage's address would be taken for another's
+    present = -1
+
+    def enter(block: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        nonlocal present
+        present = blocks.index(block)
+        storage = arguments[0].untyped_storage()
+        alive.append(storage)
+        if storage._cdata not in saved:
+            inputs[storage._cdata] = storage.nbytes()
+
+    def leave(block: nn.Module, arguments: object, output: object) -> None:
+        nonlocal present
+        present = -1
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        alive.append(storage)
+        saved.setdefault(storage._cdata, (storage.nbytes(), present))
+        return tensor
+
+    hooks = [block.register_forward_pre_hook(enter) for block in blocks]
+    hooks += [block.register_forward_hook(leave) for block in blocks]
+    try:
+        with _fake(model, gathered if bf16 else ()) as tensors:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                    _forward(model, tensors, batch, image_size)
+            ours = {tensor.untyped_storage()._cdata for tensor in tensors.values()}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    kept = [entry for storage, entry in saved.items() if storage not in ours and storage not in inputs]
+    return Activations(
+        outside=sum(size for size, block in kept if block < 0),
+        blocks=tuple(sum(size for size, block in kept if block == i) for i in range(len(blocks))),
+        inputs=tuple(inputs.values()),
+    )
+
+
+@contextmanager
+def _fake(model: nn.Module, in_bf16: Collection[str] = ()) -> Iterator[dict[str, Tensor]]:
+    """Fake tensors in place of all parameters and buffers, those named in bf16."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            dtype = torch.bfloat16 if name in in_bf16 else tensor.dtype
+            tensors[name] = torch.empty(tensor.shape, dtype=dtype, device="cpu", requires_grad=tensor.requires_grad)
+        yield tensors
+
+
+def _forward(model: nn.Module, tensors: Mapping[str, Tensor], batch: int, image_size: int) -> Tensor:
+    images = torch.empty(batch, _channels(model), image_size, image_size, device="cpu")
+    output: Tensor = torch.func.functional_call(model, dict(tensors), (images,))
+    return output.float()
+
+
+def _channels(model: nn.Module) -> int:
+    for module in model.modules():
+        if isinstance(module, LTEPatchConv):
+            return int(module.A.shape[2] // math.prod(module.kernel))
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    raise ValueError("model: no convolution that reads images was found; choose a vision transformer of timm")
