@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+class ConfigError(ValueError):
+    """One line that names the key, its value, what is allowed and what to do."""
+
+
 def option(
     default: Any,
     doc: str,

@@ -1,0 +1,151 @@
+"""What must hold between keys: checked before any process group, file or accelerator is touched."""
+
+from __future__ import annotations
+
+import difflib
+
+from lte_scale.config.schema import Config, ConfigError
+from lte_scale.schedules import parse_duration
+from lte_scale.topology import Topology
+
+_OWN_KEYS = {
+    "img_size": "model.image_size",
+    "in_chans": "model.channels",
+    "num_classes": "model.num_classes",
+    "drop_path_rate": "model.drop_path",
+    "pretrained": "none: LTE trains from scratch",
+    "checkpoint_path": "none: LTE trains from scratch",
+}
+
+
+def check(config: Config) -> None:
+    """Cross-field checks.
+
+    Raises:
+        ConfigError: one line naming the keys, their values, and the remedy.
+    """
+    _durations(config)
+    _merge_and_base(config)
+    _model_and_data(config)
+
+
+def _durations(config: Config) -> None:
+    texts = {
+        "train.duration": config.train.duration,
+        "schedule.warmup": config.schedule.warmup,
+        "schedule.decay": config.schedule.decay,
+        "evaluate.every": config.evaluate.every,
+        "checkpoint.every": config.checkpoint.every,
+    }
+    for key, text in texts.items():
+        try:
+            value, _ = parse_duration(text)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from error
+        if key == "train.duration" and value == 0:
+            raise ConfigError(f"{key}: {text!r} trains nothing; write steps as `500` or epochs as `2ep`")
+    decaying = parse_duration(config.schedule.decay)[0] > 0
+    if decaying and config.schedule.name != "wsd":
+        raise ConfigError(
+            f"schedule.decay: {config.schedule.decay!r} has no meaning for schedule.name {config.schedule.name!r}; "
+            "use schedule.name=wsd or leave it out"
+        )
+    if not decaying and config.schedule.name == "wsd":
+        raise ConfigError("schedule.decay: '0' with schedule.name 'wsd'; say how long the final decay is, e.g. 2ep")
+
+
+def _merge_and_base(config: Config) -> None:
+    merge, base = config.merge, config.base
+    local = merge.local_every or merge.every
+    if merge.every % local:
+        near = max(n for n in range(1, min(local, merge.every) + 1) if merge.every % n == 0)
+        raise ConfigError(f"merge.local_every: {local} does not divide merge.every {merge.every}; nearest: {near}")
+    if base.scope == "global" and local != merge.every:
+        raise ConfigError(
+            f"merge.local_every: {local} with base.scope 'global': one base over all nodes cannot differ between "
+            f"them; use merge.local_every={merge.every} or base.scope=node"
+        )
+    if base.scope == "node" and base.gather == "node":
+        raise ConfigError("base.gather: 'node' is for base.scope 'global'; with 'node' it is what base.gather=pass does")
+    if merge.outer == "average" and (merge.outer_lr != 1.0 or merge.outer_momentum != 0.9):
+        raise ConfigError(
+            f"merge.outer_lr, merge.outer_momentum: {merge.outer_lr:g}, {merge.outer_momentum:g} have no meaning for "
+            "merge.outer 'average'; use merge.outer=nesterov or leave them out"
+        )
+    if config.engine.name == "none" and (base.scope, base.gather) != ("node", "pass"):
+        raise ConfigError(
+            f"engine.name: 'none' shards nothing, so base.scope {base.scope!r} and base.gather {base.gather!r} have no "
+            "meaning; leave them out or use engine=fsdp"
+        )
+
+
+def _model_and_data(config: Config) -> None:
+    for name in config.model.arguments:
+        if name in _OWN_KEYS:
+            raise ConfigError(f"model.arguments.{name}: has a key of its own: {_OWN_KEYS[name]}")
+    for key in ("mean", "std"):
+        values = getattr(config.augment, key)
+        if values and len(values) != config.model.channels:
+            raise ConfigError(f"augment.{key}: {values} has {len(values)} values for {config.model.channels} channels")
+    if any(value <= 0 for value in config.augment.std):
+        raise ConfigError(f"augment.std: {config.augment.std}; allowed: numbers above 0")
+    if (config.augment.mixup or config.augment.cutmix) and config.train.batch_size % 2:
+        raise ConfigError(
+            f"train.batch_size: {config.train.batch_size} is odd, and augment.mixup and augment.cutmix pair images; "
+            f"use {config.train.batch_size + 1}"
+        )
+    for key in ("train", "val"):
+        location = getattr(config.data, key)
+        if location.startswith("pipe:") and not config.data.allow_pipe:
+            raise ConfigError(f"data.{key}: {location!r} runs a shell command; allow it with data.allow_pipe=true")
+    if not config.run_dir.strip():
+        raise ConfigError("run_dir: is empty; name a directory, for example runs/first")
+    if config.resume not in ("auto", "never") and "/" not in config.resume:
+        near = difflib.get_close_matches(config.resume, ["auto", "never"], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"resume: {config.resume!r}; allowed: auto, never, or a path such as runs/x{hint}")
+    if not config.metrics.address or any(c.isspace() or c in "/:" for c in config.metrics.address.strip("[]")):
+        if ":" not in config.metrics.address or any(c.isspace() or c == "/" for c in config.metrics.address):
+            raise ConfigError(
+                f"metrics.address: {config.metrics.address!r}; allowed: an address or host name, such as 127.0.0.1"
+            )
+
+
+def check_training(config: Config) -> None:
+    """What `train` needs besides, and `plan` does not.
+
+    Raises:
+        ConfigError: as `check`.
+    """
+    if not config.data.train:
+        raise ConfigError(
+            "data.train: is empty; name training shards, for example data/images/train as lte-scale shards writes them"
+        )
+
+
+def check_topology(config: Config, nodes: int, ranks_per_node: int) -> None:
+    """Whether the heads and their batches fit on `nodes` x `ranks_per_node` ranks.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    if config.engine.name == "none" and nodes * ranks_per_node > 1:
+        raise ConfigError(
+            f"engine.name: 'none' is for one process, this run has {nodes} x {ranks_per_node}; use engine=fsdp"
+        )
+    topology = Topology(
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        heads_per_node=config.topology.heads_per_node or ranks_per_node,
+    )
+    share, rest = divmod(config.train.batch_size, topology.ranks_per_head)
+    if rest:
+        raise ConfigError(
+            f"train.batch_size: {config.train.batch_size} images per head cannot be shared by "
+            f"{topology.ranks_per_head} ranks; use {(share + 1) * topology.ranks_per_head}"
+        )
+    if (config.augment.mixup or config.augment.cutmix) and share % 2:
+        raise ConfigError(
+            f"train.batch_size: {config.train.batch_size} leaves {share} images per rank, and mixup and cutmix pair "
+            f"images; use {2 * config.train.batch_size}"
+        )
