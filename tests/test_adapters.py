@@ -212,7 +212,7 @@ def test_a_part_of_the_product_costs_that_part() -> None:
 @pytest.mark.parametrize(
     ("name", "heads", "message"),
     [
-        ("resnet18", 1, "BatchNorm2d"),
+        ("resnet18", 1, "conv1"),
         ("convnext_atto", 1, "conv_dw"),
         ("vit_tiny_patch16_244", 1, "vit_tiny_patch16_224"),
         ("beit_base_patch16_224", 2, "q_bias"),
@@ -221,6 +221,11 @@ def test_a_part_of_the_product_costs_that_part() -> None:
 def test_what_cannot_be_adapted_is_refused_by_name(name: str, heads: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attach(build(ModelConfig(name=name), 10, seed=0), AdaptersConfig(), range(heads), seed=0)
+
+
+def test_batch_normalisation_is_refused() -> None:
+    with pytest.raises(ValueError, match="layer bn1 is a .*running statistics"):
+        attach(build(ModelConfig(name="resnet18"), 10, seed=0), AdaptersConfig(dense=["*conv*"]), range(1), seed=0)
 
 
 @pytest.mark.parametrize("pattern", [{"rank_by_layer": {"blocks.*.attn.kqv": 4}}, {"dense": ["haed"]}])

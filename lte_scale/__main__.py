@@ -1,0 +1,5 @@
+import sys
+
+from lte_scale.cli import main
+
+sys.exit(main())

@@ -1,0 +1,123 @@
+"""Real gloo process groups for tests: processes that stay alive, since starting them costs more than most tests."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import multiprocessing.connection
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class DistributedError(AssertionError):
+    """A function failed on a rank; the message is that rank's traceback."""
+
+
+class DistributedPool:
+    """`size` processes that run functions as the ranks of a process group, a fresh group for every run."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._workers: list[tuple[SpawnProcess, Connection]] = []
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        ranks_per_node: int = 2,
+        world_size: int | None = None,
+        timeout: float = 60.0,
+    ) -> list[Any]:
+        """`function(rank, *args)` on every rank; its results by rank.
+
+        Raises:
+            DistributedError: with the traceback of the first rank that failed, or if one did not end in time.
+        """
+        world = world_size or self.size
+        if not self._workers:
+            self._start()
+        job = {"port": free_port(), "world": world, "ranks_per_node": ranks_per_node}
+        for _, pipe in self._workers[:world]:
+            pipe.send((job, function, args))
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers[:world])}
+        results: dict[int, Any] = {}
+        while waiting:
+            ready = mp.connection.wait(list(waiting), timeout)
+            if not ready:
+                self.close()
+                raise DistributedError(f"ranks {sorted(waiting.values())} did not end within {timeout} s")
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    failed, result = pipe.recv()
+                except EOFError:
+                    failed, result = True, "the process died"
+                if failed:  # the other ranks may wait for this one for ever
+                    self.close()
+                    raise DistributedError(f"rank {rank}:\n{result}")
+                results[rank] = result
+        return [results[rank] for rank in range(world)]
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def close(self) -> None:
+        """Kill the processes; the next run starts new ones."""
+        for process, pipe in self._workers:
+            process.kill()
+            process.join()
+            pipe.close()
+        self._workers.clear()
+
+
+def _serve(rank: int, pipe: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            job, function, args = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            pipe.send((False, _run(rank, job, function, args)))
+        except BaseException:
+            pipe.send((True, traceback.format_exc()))
+
+
+def _run(rank: int, job: dict[str, int], function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(job["world"]),
+        LOCAL_RANK=str(rank % job["ranks_per_node"]),
+        LOCAL_WORLD_SIZE=str(job["ranks_per_node"]),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(job["port"]),
+    )
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    try:
+        return function(rank, *args)
+    finally:
+        dist.destroy_process_group()
