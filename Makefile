@@ -1,0 +1,46 @@
+# Every target sets itself up: a fresh machine needs Python 3.11, make and git.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help venv demo test test-slow lint format docs clean
+
+help:
+	@echo "make demo       train LTE on real images on this machine, to a picture"
+	@echo "make test       run the tests"
+	@echo "make test-slow  emulated networks with throttled links (root), long runs"
+	@echo "make lint       ruff, mypy, shellcheck"
+	@echo "make docs       write the generated reference pages anew"
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: venv
+	$(BIN)/python launchers/demo.py
+
+test: venv
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: venv
+	$(BIN)/python -m pytest -m slow --timeout 900
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck launchers/*.sh .ci/run
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: venv
+	$(BIN)/python -m lte_scale.config.reference > docs/configuration.md
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
