@@ -158,9 +158,9 @@ def saved_activations(
     hooks += [block.register_forward_hook(leave) for block in blocks]
     try:
         with _fake(model, gathered if bf16 else ()) as tensors:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                    _forward(model, tensors, batch, image_size)
+            keeping = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16), keeping:
+                _forward(model, tensors, batch, image_size)
             ours = {tensor.untyped_storage()._cdata for tensor in tensors.values()}
     finally:
         for hook in hooks:

@@ -1,4 +1,4 @@
-"""Where a run's bytes lie and which of them move, as arithmetic: what `plan` prints and the byte counters must show.
+"""Who owns what and which bytes move, as arithmetic: what `plan` prints and the byte counters must show.
 
 One `Arrangement` per configuration and topology; every function is of one rank, the links as in `collectives`.
 Nothing here needs a process group, a tensor or a model.
@@ -7,8 +7,8 @@ Nothing here needs a process group, a tensor or a model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lte_scale.collectives import Scope, all_gather_bytes, all_reduce_bytes, reduce_scatter_bytes
@@ -106,8 +106,12 @@ class Arrangement:
         """The path of every weight between nodes."""
         return {
             name: choose_path(
-                layer.shape, layer.rank, self.topology, scope=self.config.base.scope,
-                merges_per_window=self.merges_sent, asked=self.config.merge.path,
+                layer.shape,
+                layer.rank,
+                self.topology,
+                scope=self.config.base.scope,
+                merges_per_window=self.merges_sent,
+                asked=self.config.merge.path,
             )
             for name, layer in self.shapes.layers.items()
         }
@@ -128,11 +132,11 @@ class Arrangement:
         return found
 
     def _message_bytes(self, name: str) -> int:
-        factors = self.shapes.layers[name].factor_values * self.topology.heads_per_node
+        layer = self.shapes.layers[name]
+        factors = layer.factor_values * self.topology.heads_per_node
         if self.paths[name] == "factor":
             factors *= self.topology.nodes * self.merges_sent
-        owned = [self.ownership(name, rank) for rank in range(self.topology.ranks_per_node)]
-        return FP32 * max(factors, *(own.part_size * len(own.parts) for own in owned))
+        return FP32 * max(factors, layer.values // self.topology.ranks_per_node)
 
     def head_part(self, bucket: Bucket) -> int:
         """Values of one head that one of the ranks sharing it sends."""
@@ -141,7 +145,7 @@ class Arrangement:
 
     def formed(self, bucket: Bucket, rank: int) -> int:
         """Values of a bucket's products that `rank` forms for a dense exchange."""
-        return sum(_length(part) for name in bucket.names for part in self.ownership(name, rank).parts)
+        return sum(length(part) for name in bucket.names for part in self.ownership(name, rank).parts)
 
     def padded_parts(self, bucket: Bucket, rank: int) -> int:
         return sum(self.ownership(name, rank).part_size for name in bucket.names)
@@ -154,12 +158,25 @@ class Arrangement:
         return dict(sizes)
 
 
-def _length(part: Slice) -> int:
+def path_bytes(a: Arrangement, layer: Layer) -> dict[Path, int]:
+    """Bytes that leave a node in a global merge for one weight, on either path (docs/plan.md), padding aside."""
+    nodes = a.topology.nodes
+    factor = (nodes - 1) * a.merges_sent * a.topology.heads_per_node * layer.factor_values
+    dense = (2 if a.config.base.scope == "node" else 1) * (nodes - 1) * layer.values // nodes
+    return {"factor": FP32 * factor, "dense": FP32 * dense}
+
+
+def length(part: Slice) -> int:
+    """Elements of a part."""
     return part[1] - part[0]
 
 
-class _Links:
-    """The groups of one rank and the bytes it sends in them."""
+class Links:
+    """The groups of one rank, and the bytes it sends in them.
+
+    Attributes:
+        sent: by (scope, purpose), as `Collectives.bytes_sent`.
+    """
 
     def __init__(self, topology: Topology, rank: int) -> None:
         self.topology = replace(topology, rank=rank)
@@ -187,7 +204,7 @@ class _Links:
 
 def gather_traffic(a: Arrangement, rank: int) -> Traffic:
     """Gathering the whole base once."""
-    links = _Links(a.topology, rank)
+    links = Links(a.topology, rank)
     if a.engine_ranks > 1:
         group = links.world if a.engine_ranks == a.topology.world_size else links.node
         for values in a.units().values():
@@ -197,7 +214,7 @@ def gather_traffic(a: Arrangement, rank: int) -> Traffic:
 
 def gradient_traffic(a: Arrangement, rank: int) -> Traffic:
     """Averaging the gradients of a head that several ranks share, every step."""
-    links = _Links(a.topology, rank)
+    links = Links(a.topology, rank)
     links.all_reduce(links.head, "head_gradient", FP32 * a.shapes.trainable_values)
     return links.sent
 
@@ -210,7 +227,7 @@ def step_traffic(a: Arrangement, rank: int) -> Traffic:
 
 def merge_traffic(a: Arrangement, rank: int, *, everywhere: bool) -> Traffic:
     """A merge of the heads of a node, or (`everywhere`) of all nodes; purposes as in `merge` and `replicas`."""
-    links, t = _Links(a.topology, rank), a.topology
+    links, t = Links(a.topology, rank), a.topology
     for bucket in a.buckets:
         part = FP32 * t.heads_per_rank * a.head_part(bucket)
         if everywhere and bucket.path == "factor":
@@ -254,91 +271,3 @@ def of_node(a: Arrangement, per_rank: Callable[[Arrangement, int], Traffic]) -> 
     for rank in a.topology.node_ranks(0):
         total += per_rank(a, rank)
     return total
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """Bytes of one rank (the one that holds the largest parts), by what they are for."""
-
-    master: int
-    momentum: int = 0
-    moving_average: int = 0
-    compute_shards: int = 0
-    gathered: int = 0
-    factors: int = 0
-    previous_factors: int = 0
-    products: int = 0
-    replicas: int = 0
-    gradients: int
-    optimizer_state: int
-    activations: int
-    merge_history: int = 0
-    merge_buffers: int = 0
-
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
-
-
-def memory(a: Arrangement, *, activations: int) -> Memory:
-    """What rank 0 holds at most; formulas in docs/plan.md."""
-    layers, t, config = a.shapes.layers, a.topology, a.config
-    held = {name: a.ownership(name, 0) for name in layers}
-    own = sum(_length(ownership.own) for ownership in held.values()) + a.shapes.replica_values
-    compute = sum(_length(ownership.compute) for ownership in held.values())
-    factors = t.heads_per_rank * a.shapes.factor_values
-    trained = t.heads_per_rank * a.shapes.trainable_values
-    return Memory(
-        master=FP32 * own,
-        momentum=FP32 * own if config.merge.outer == "nesterov" else 0,
-        moving_average=FP32 * own if config.train.ema_decay else 0,
-        compute_shards=FP32 * compute if a.separate else 0,
-        gathered=a.compute_bytes * _gathered_values(a),
-        factors=FP32 * factors,
-        previous_factors=FP32 * factors if a.resetless else 0,
-        products=FP32 * _product_values(a) if a.resetless else 0,
-        replicas=FP32 * t.heads_per_rank * a.shapes.replica_values,
-        gradients=FP32 * trained,
-        optimizer_state=2 * FP32 * trained,
-        activations=activations,
-        merge_history=FP32 * _history_values(a),
-        merge_buffers=FP32 * max(_buffer_values(a, bucket) for bucket in a.buckets),
-    )
-
-
-def _gathered_values(a: Arrangement) -> int:
-    units = a.units()
-    if a.config.engine.name == "none":
-        return 0
-    if a.config.base.gather == "window":
-        return sum(units.values())
-    blocks = sorted((values for unit, values in units.items() if unit), reverse=True)
-    return units.get("", 0) + sum(blocks[:2])  # the block at work, and the next one on its way
-
-
-def _product_values(a: Arrangement) -> int:
-    total = 0
-    for bucket in a.buckets:
-        if a.folded or a.two_level or bucket.path == "dense":
-            total += a.formed(bucket, 0)
-        if bucket.path == "factor":
-            total += sum(_length(a.ownership(name, 0).own) for name in bucket.names)
-    return total
-
-
-def _history_values(a: Arrangement) -> int:
-    kept = (a.merges_sent - 1) * a.topology.heads_per_rank
-    return sum(kept * a.head_part(bucket) for bucket in a.buckets if bucket.path == "factor")
-
-
-def _buffer_values(a: Arrangement, bucket: Bucket) -> int:
-    """Sent, received and reordered factors, and the products formed from them, twice (a message is a copy)."""
-    t = a.topology
-    sets = t.nodes * a.merges_sent if bucket.path == "factor" else 1
-    part = t.heads_per_rank * a.head_part(bucket)
-    received = sets * part * t.ranks_per_node
-    if bucket.path == "factor":
-        changes = sum(_length(a.ownership(name, 0).own) for name in bucket.names)
-        return a.merges_sent * part + sets * part + 2 * received + changes
-    message = t.nodes * a.padded_parts(bucket, 0) if a.spread else a.formed(bucket, 0)
-    return part + 2 * received + a.formed(bucket, 0) + message

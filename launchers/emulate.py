@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Run a job on this machine as K nodes of G ranks: one torchrun agent per node, as on a real cluster.
+
+    launchers/emulate.py --nodes 2 --ranks-per-node 2 -- train configs/demo.yaml merge.every=50
+    sudo launchers/emulate.py --nodes 2 --ranks-per-node 2 --link-mbit 100 -- train configs/demo.yaml
+
+With --link-mbit every node is a network namespace whose link to the others carries so many Mbit/s; the bytes that left
+each node by the kernel's counter are printed at the end. A first word that ends in .py runs that script instead of
+lte_scale. Exit code: 0, or that of the first rank that failed. Ctrl-C and SIGTERM end all nodes, which save first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+
+GRACE_SECONDS = 25.0
+MARK = "LTE_EMULATION"
+_PR_SET_PDEATHSIG = 1
+
+
+class Network:
+    """K network namespaces on a bridge, each with a throttled link. A context manager that leaves nothing behind."""
+
+    def __init__(self, nodes: int, mbit: float) -> None:
+        self.mbit, pid = mbit, os.getpid()
+        self.bridge = f"lte{pid}b"
+        self.namespaces = [f"lte{pid}n{node}" for node in range(nodes)]
+        self.subnet = f"10.{78 + pid % 64}.{pid // 64 % 256}"
+
+    def address(self, node: int) -> str:
+        return f"{self.subnet}.{node + 1}"
+
+    def command(self, node: int) -> list[str]:
+        return ["ip", "netns", "exec", self.namespaces[node]]
+
+    def __enter__(self) -> Network:
+        remove_stale()
+        try:
+            _ip("link", "add", self.bridge, "type", "bridge")
+            _ip("addr", "add", f"{self.subnet}.254/24", "dev", self.bridge)
+            _ip("link", "set", self.bridge, "up")
+            for node, namespace in enumerate(self.namespaces):
+                veth = f"{self.bridge}{node}"
+                _ip("netns", "add", namespace)
+                _ip("link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+                _ip("link", "set", veth, "master", self.bridge, "up")
+                _ip("-n", namespace, "addr", "add", f"{self.address(node)}/24", "dev", "eth0")
+                for device in ("lo", "eth0"):
+                    _ip("-n", namespace, "link", "set", device, "up")
+                limit = ["tbf", "rate", f"{self.mbit:g}mbit", "burst", "256kb", "latency", "50ms"]
+                _run("tc", "-n", namespace, "qdisc", "add", "dev", "eth0", "root", *limit)
+        except SystemExit:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def bytes_sent(self, node: int) -> int:
+        """What has left the node's interface, by the kernel's counter."""
+        path = "/sys/class/net/eth0/statistics/tx_bytes"
+        return int(subprocess.check_output([*self.command(node), "cat", path], text=True))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for namespace in self.namespaces:
+            subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "del", self.bridge], capture_output=True, check=False)
+
+
+def remove_stale() -> None:
+    """Delete the namespaces of emulations that were killed before they could."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout.split()
+    for name in listed:
+        pid = name.removeprefix("lte").partition("n")[0]
+        if name.startswith("lte") and pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+            subprocess.run(["ip", "link", "del", f"lte{pid}b"], capture_output=True, check=False)
+
+
+def _ip(*words: str) -> None:
+    _run("ip", *words)
+
+
+def _run(*words: str) -> None:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"emulate: {' '.join(words)}: {done.stderr.strip()}")
+
+
+class Nodes:
+    """The agents of all nodes, from start to the last process gone."""
+
+    def __init__(self, arguments: argparse.Namespace, network: Network | None) -> None:
+        self.arguments, self.network = arguments, network
+        self.mark = f"{os.getpid()}-{time.time_ns()}"
+        self.asked_to_stop = 0
+        self.agents: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        port = free_port()
+        for node in range(self.arguments.nodes):
+            prefix = self.network.command(node) if self.network else []
+            address = self.network.address(0) if self.network else "127.0.0.1"
+            command = [*prefix, sys.executable, __file__, "--agent", str(node), str(port), address, *self._size()]
+            command += ["--", *self.arguments.command]
+            # An own session: Ctrl-C on the terminal reaches this process alone, which then asks every node once.
+            self.agents.append(
+                subprocess.Popen(command, env=self._environment(), start_new_session=True, preexec_fn=_die_with_parent)
+            )
+
+    def _size(self) -> list[str]:
+        return [str(self.arguments.nodes), str(self.arguments.ranks_per_node)]
+
+    def _environment(self) -> dict[str, str]:
+        ranks = self.arguments.nodes * self.arguments.ranks_per_node
+        interface = "eth0" if self.network else "lo"
+        defaults = {
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
+            "GLOO_SOCKET_IFNAME": interface,
+            "NCCL_SOCKET_IFNAME": interface,
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        }
+        return {**defaults, **os.environ, MARK: self.mark}
+
+    def wait(self) -> int:
+        """Until every node has ended; the exit code of the first that failed."""
+        code, deadline = 0, None
+        while [agent for agent in self.agents if agent.poll() is None]:
+            code = code or next((agent.returncode for agent in self.agents if agent.returncode), 0)
+            if deadline is None and (code or self.asked_to_stop):
+                deadline = time.monotonic() + GRACE_SECONDS
+                self._signal(signal.SIGTERM)
+            # An agent whose ranks have ended may still wait for another node's that failed, deaf to signals.
+            if deadline is not None and (time.monotonic() > deadline or not self._processes("RANK")):
+                self.kill()
+            time.sleep(0.05)
+        code = code or next((agent.returncode for agent in self.agents if agent.returncode), 0)
+        if self.asked_to_stop:
+            return 128 + self.asked_to_stop
+        return code if code >= 0 else 128 - code
+
+    def _signal(self, number: int) -> None:
+        for agent in self.agents:
+            if agent.poll() is None:
+                agent.send_signal(number)
+
+    def kill(self) -> None:
+        """End every process of this emulation that is left, wherever it is in the tree."""
+        for pid in self._processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _processes(self, variable: str = MARK) -> list[int]:
+        """Process ids of this emulation whose environment has `variable`."""
+        found = []
+        for environ in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+                entries = environ.read_bytes().split(b"\0")
+                named = any(entry.startswith(f"{variable}=".encode()) for entry in entries)
+                if named and f"{MARK}={self.mark}".encode() in entries:
+                    found.append(int(environ.parent.name))
+        return found
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def agent(words: Sequence[str]) -> int:
+    """One node: torchrun in this process, without its tables of what the ranks have said already."""
+    node, port, address, nodes, ranks = words[:5]
+    command = list(words[words.index("--") + 1 :])
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    logging.disable(logging.ERROR)
+    program = command if command[0].endswith(".py") else ["-m", "lte_scale", *command]
+    try:
+        torchrun(
+            [f"--nnodes={nodes}", f"--nproc-per-node={ranks}", f"--node-rank={node}", f"--master-addr={address}",
+             f"--master-port={port}", "--max-restarts=0", *program]
+        )  # fmt: skip
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code >= 0 else 128 - code
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, required=True, metavar="K", help="number of nodes")
+    parser.add_argument("--ranks-per-node", type=int, required=True, metavar="G", help="ranks of each node")
+    parser.add_argument("--link-mbit", type=float, metavar="M", help="throttle each node's link (needs root, ip and tc)")
+    parser.add_argument("command", nargs="+", metavar="-- COMMAND", help="train CONFIG [key=value ...]")
+    arguments = parser.parse_args(words)
+    if arguments.nodes < 1 or arguments.ranks_per_node < 1:
+        parser.error(f"--nodes {arguments.nodes} --ranks-per-node {arguments.ranks_per_node}: both must be at least 1")
+    if arguments.link_mbit is not None:
+        if arguments.link_mbit <= 0:
+            parser.error(f"--link-mbit {arguments.link_mbit:g}: must be above 0")
+        missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+        if missing or os.geteuid() != 0:
+            parser.error(f"--link-mbit needs {'the command ' + missing[0] if missing else 'root'}; leave it out")
+    return arguments
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--agent"]:
+        return agent(sys.argv[2:])
+    arguments = parse(sys.argv[1:])
+    network = Network(arguments.nodes, arguments.link_mbit) if arguments.link_mbit else None
+    nodes = Nodes(arguments, network)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nodes.asked_to_stop = number
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    if network is None:
+        try:
+            nodes.start()
+            return nodes.wait()
+        finally:
+            nodes.kill()
+    with network:
+        try:
+            nodes.start()
+            code = nodes.wait()
+            for node in range(arguments.nodes):
+                print(f"node {node} sent {network.bytes_sent(node):,} bytes", flush=True)
+            return code
+        finally:
+            nodes.kill()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

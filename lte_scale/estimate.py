@@ -1,0 +1,213 @@
+"""All figures of a plan: memory per rank, bytes per step, merge and image, paths and FLOPs, against full-rank training.
+
+Needs no accelerator, no data and next to no memory: the model is traced with fake tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import nn
+
+from lte_scale.baselines import FullRank, Method, baselines
+from lte_scale.collectives import Scope
+from lte_scale.config.schema import Config
+from lte_scale.cost import saved_activations, shapes_of, step_flops, training_flops
+from lte_scale.engines.base import repeated_blocks
+from lte_scale.memory import Memory, memory
+from lte_scale.model import Heads, attach, build
+from lte_scale.topology import Topology
+from lte_scale.traffic import (
+    Arrangement,
+    Traffic,
+    gather_traffic,
+    merge_traffic,
+    of_node,
+    path_bytes,
+    run_traffic,
+    step_traffic,
+)
+
+SCOPES: tuple[Scope, Scope] = ("inter_node", "intra_node")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All figures. Traffic is the sum over the ranks of one node, memory that of one rank.
+
+    Attributes:
+        gather: gathering the base once.
+        window: `merge.every` steps with their merges.
+        methods: LTE first, then what it is held against.
+    """
+
+    arrangement: Arrangement
+    flops: int
+    full_rank_flops: int
+    memory: Memory
+    activations: Mapping[str, int]
+    step: Traffic
+    gather: Traffic
+    local_merge: Traffic
+    global_merge: Traffic
+    window: Traffic
+    methods: list[Method]
+
+    @property
+    def images_per_node_step(self) -> int:
+        train = self.arrangement.config.train
+        return self.arrangement.topology.heads_per_node * train.batch_size * train.accumulate
+
+    def per_image(self, scope: Scope) -> float:
+        return by_scope(self.window)[scope] / self.arrangement.config.merge.every / self.images_per_node_step
+
+
+def make_plan(config: Config, *, nodes: int, ranks_per_node: int) -> Plan:
+    """Plan `config` for `nodes` x `ranks_per_node` ranks.
+
+    Raises:
+        ValueError: if the model cannot be built or adapted, or its number of classes is not known.
+    """
+    heads_per_node = config.topology.heads_per_node or ranks_per_node
+    topology = Topology(nodes=nodes, ranks_per_node=ranks_per_node, heads_per_node=heads_per_node)
+    classes = _classes(config)
+    model = build(config.model, classes, seed=config.seed)
+    with torch.device("meta"):
+        heads = attach(model, config.adapters, topology.my_heads, seed=config.seed)
+    blocks = _blocks(model)
+    a = Arrangement(shapes_of(heads, list(blocks)), topology, config)
+    for layer in heads.linears.values():
+        layer.folded = a.folded
+    activations = _activations(config, topology, model, list(blocks.values()), heads)
+    spent = memory(a, activations=activations["checkpointed" if config.train.checkpoint_activations else "kept"])
+    window = of_node(a, lambda a, rank: run_traffic(a, rank, config.merge.every))
+    full_rank, full_rank_flops = _full_rank(config, topology, classes, list(blocks), heads)
+    average = {scope: sent / config.merge.every for scope, sent in by_scope(window).items()}
+    return Plan(
+        arrangement=a,
+        flops=training_flops(model, heads, config.model.image_size),
+        full_rank_flops=full_rank_flops,
+        memory=spent,
+        activations=activations,
+        step=of_node(a, step_traffic),
+        gather=of_node(a, gather_traffic),
+        local_merge=of_node(a, lambda a, rank: merge_traffic(a, rank, everywhere=False)) if a.two_level else Traffic(),
+        global_merge=of_node(a, lambda a, rank: merge_traffic(a, rank, everywhere=True)),
+        window=window,
+        methods=[Method("LTE", asdict(spent), average), *baselines(full_rank, topology)],
+    )
+
+
+def _classes(config: Config) -> int:
+    if config.model.num_classes:
+        return config.model.num_classes
+    reason = "data.train is not set"
+    if config.data.train:
+        from lte_scale.data import open_index
+
+        try:
+            return int(open_index(config.data.train, allow_pipe=config.data.allow_pipe).num_classes)
+        except (ValueError, OSError) as error:
+            reason = str(error)
+    raise ValueError(f"model.num_classes: 0, and no index of shards to take it from ({reason}); set it for plan")
+
+
+def _blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks that are gathered and recomputed one by one, by name."""
+    blocks = {parent.get_submodule(name) for parent, name in repeated_blocks(model)}
+    return {name: module for name, module in model.named_modules() if module in blocks}
+
+
+def _images_per_rank(config: Config, topology: Topology) -> int:
+    return max(1, topology.heads_per_rank * config.train.batch_size // topology.ranks_per_head)
+
+
+def _weights(heads: Heads) -> set[str]:
+    return {f"{name}.weight" for name in heads.linears}
+
+
+def _activations(
+    config: Config, topology: Topology, model: nn.Module, blocks: list[nn.Module], heads: Heads
+) -> dict[str, int]:
+    saved = saved_activations(
+        model,
+        blocks,
+        batch=_images_per_rank(config, topology),
+        image_size=config.model.image_size,
+        bf16=config.train.precision == "bf16",
+        gathered=_weights(heads) if config.engine.name != "none" else (),
+    )
+    return {"kept": saved.total(checkpointed=False), "checkpointed": saved.total(checkpointed=True)}
+
+
+def _full_rank(
+    config: Config, topology: Topology, classes: int, blocks: list[str], heads: Heads
+) -> tuple[FullRank, int]:
+    model = build(config.model, classes, seed=config.seed)
+    modules = [model.get_submodule(name) for name in blocks]
+    bf16, checkpointed = config.train.precision == "bf16", config.train.checkpoint_activations
+    gathered, cast = (
+        saved_activations(
+            model,
+            modules,
+            batch=_images_per_rank(config, topology),
+            image_size=config.model.image_size,
+            bf16=bf16,
+            gathered=names,
+        ).total(checkpointed=checkpointed)
+        for names in (_weights(heads), ())
+    )
+    full_rank = FullRank(
+        values=_numel(model),
+        blocks=tuple(_numel(module) for module in modules),
+        activations=gathered,
+        autocast_activations=cast,
+        compute_bytes=2 if bf16 else 4,
+        accumulate=config.train.accumulate,
+        every=config.merge.every,
+        moving_average=config.train.ema_decay > 0,
+        bucket_bytes=int(config.merge.bucket_mb * 1e6),
+    )
+    return full_rank, step_flops(model, batch=1, image_size=config.model.image_size)
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def by_scope(traffic: Traffic) -> dict[Scope, int]:
+    """The sum over purposes."""
+    return {scope: sum(sent for (of, _), sent in traffic.items() if of == scope) for scope in SCOPES}
+
+
+@dataclass(frozen=True, slots=True)
+class PathRow:
+    """Layers of one kind: how they travel between nodes, and what each path would send per node and merge."""
+
+    layers: str
+    out: int
+    into: int
+    rank: int
+    path: str
+    count: int
+    factor_bytes: int
+    dense_bytes: int
+
+
+def path_rows(a: Arrangement) -> list[PathRow]:
+    """Layers grouped by name, numbers aside, and shape."""
+    groups = Counter(
+        (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), replace(layer, unit=""), a.paths[name])
+        for name, layer in a.shapes.layers.items()
+    )
+    rows = []
+    for (name, layer, path), count in groups.items():
+        sent = path_bytes(a, layer)
+        rows.append(
+            PathRow(name, layer.out, layer.into, layer.rank, path, count, count * sent["factor"], count * sent["dense"])
+        )
+    return rows

@@ -1,0 +1,96 @@
+"""Where a rank's bytes lie: every tensor that LTE keeps, by what it is for, as arithmetic. Formulas in docs/plan.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from lte_scale.exchange import Bucket
+from lte_scale.traffic import FP32, Arrangement, length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of one rank (the one that holds the largest parts), by what they are for."""
+
+    master: int
+    momentum: int = 0
+    moving_average: int = 0
+    compute_shards: int = 0
+    gathered: int = 0
+    factors: int = 0
+    previous_factors: int = 0
+    products: int = 0
+    replicas: int = 0
+    gradients: int
+    optimizer_state: int
+    activations: int
+    merge_history: int = 0
+    merge_buffers: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def memory(a: Arrangement, *, activations: int) -> Memory:
+    """What rank 0 holds at most; formulas in docs/plan.md."""
+    layers, t, config = a.shapes.layers, a.topology, a.config
+    held = {name: a.ownership(name, 0) for name in layers}
+    own = sum(length(ownership.own) for ownership in held.values()) + a.shapes.replica_values
+    compute = sum(length(ownership.compute) for ownership in held.values())
+    factors = t.heads_per_rank * a.shapes.factor_values
+    trained = t.heads_per_rank * a.shapes.trainable_values
+    return Memory(
+        master=FP32 * own,
+        momentum=FP32 * own if config.merge.outer == "nesterov" else 0,
+        moving_average=FP32 * own if config.train.ema_decay else 0,
+        compute_shards=FP32 * compute if a.separate else 0,
+        gathered=a.compute_bytes * _gathered_values(a),
+        factors=FP32 * factors,
+        previous_factors=FP32 * factors if a.resetless else 0,
+        products=FP32 * _product_values(a) if a.resetless else 0,
+        replicas=FP32 * t.heads_per_rank * a.shapes.replica_values,
+        gradients=FP32 * trained,
+        optimizer_state=2 * FP32 * trained,
+        activations=activations,
+        merge_history=FP32 * _history_values(a),
+        merge_buffers=FP32 * max(_buffer_values(a, bucket) for bucket in a.buckets),
+    )
+
+
+def _gathered_values(a: Arrangement) -> int:
+    units = a.units()
+    if a.config.engine.name == "none":
+        return 0
+    if a.config.base.gather == "window":
+        return sum(units.values())
+    blocks = sorted((values for unit, values in units.items() if unit), reverse=True)
+    return units.get("", 0) + sum(blocks[:2])  # the block at work, and the next one on its way
+
+
+def _product_values(a: Arrangement) -> int:
+    total = 0
+    for bucket in a.buckets:
+        if a.folded or a.two_level or bucket.path == "dense":
+            total += a.formed(bucket, 0)
+        if bucket.path == "factor":
+            total += sum(length(a.ownership(name, 0).own) for name in bucket.names)
+    return total
+
+
+def _history_values(a: Arrangement) -> int:
+    kept = (a.merges_sent - 1) * a.topology.heads_per_rank
+    return sum(kept * a.head_part(bucket) for bucket in a.buckets if bucket.path == "factor")
+
+
+def _buffer_values(a: Arrangement, bucket: Bucket) -> int:
+    """Sent, received and reordered factors, and the products formed from them, twice (a message is a copy)."""
+    t = a.topology
+    sets = t.nodes * a.merges_sent if bucket.path == "factor" else 1
+    part = t.heads_per_rank * a.head_part(bucket)
+    received = sets * part * t.ranks_per_node
+    if bucket.path == "factor":
+        changes = sum(length(a.ownership(name, 0).own) for name in bucket.names)
+        return a.merges_sent * part + sets * part + 2 * received + changes
+    message = t.nodes * a.padded_parts(bucket, 0) if a.spread else a.formed(bucket, 0)
+    return part + 2 * received + a.formed(bucket, 0) + message

@@ -1,0 +1,185 @@
+"""`lte-scale plan`: memory per rank, bytes per step, merge and image, paths and FLOPs, against full-rank training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from typing import Any
+
+from lte_scale.config import check_topology, load_config
+from lte_scale.estimate import SCOPES, Plan, by_scope, make_plan, path_rows
+from lte_scale.traffic import Traffic
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `lte-scale plan`."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example merge.every=50")
+    parser.add_argument("--nodes", type=int, default=1, metavar="K", help="nodes of the run (default 1)")
+    parser.add_argument("--ranks-per-node", type=int, default=1, metavar="G", help="ranks in a node (default 1)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """`lte-scale plan`. Returns the exit code.
+
+    Raises:
+        ValueError: for what a user can mend.
+    """
+    config = load_config(args.config, args.overrides)
+    for option, value in (("--nodes", args.nodes), ("--ranks-per-node", args.ranks_per_node)):
+        if value < 1:
+            raise ValueError(f"{option}: {value} is too small; give a number from 1 on")
+    check_topology(config, args.nodes, args.ranks_per_node)
+    plan = make_plan(config, nodes=args.nodes, ranks_per_node=args.ranks_per_node)
+    print(json.dumps(as_object(plan), indent=2) if args.json else "\n".join(lines(plan)))
+    return 0
+
+
+def as_object(plan: Plan) -> dict[str, Any]:
+    """The plan for `--json`: bytes as integers, traffic per node as scope -> purpose -> bytes."""
+    a = plan.arrangement
+    shapes, topology = a.shapes, a.topology
+    traffic = {
+        "step": plan.step,
+        "gather": plan.gather,
+        "local_merge": plan.local_merge,
+        "global_merge": plan.global_merge,
+        "window": plan.window,
+    }
+    return {
+        "model": a.config.model.name,
+        "parameters": shapes.values,
+        "trainable_per_head": shapes.trainable_values,
+        "nodes": topology.nodes,
+        "ranks_per_node": topology.ranks_per_node,
+        "heads_per_node": topology.heads_per_node,
+        "images_per_node_step": plan.images_per_node_step,
+        "flops_per_image": {"lte": plan.flops, "full_rank": plan.full_rank_flops},
+        "memory_per_rank": {**asdict(plan.memory), "total": plan.memory.total},
+        "activations": dict(plan.activations),
+        "bytes_sent_per_node": {name: _nested(sent) for name, sent in traffic.items()},
+        "bytes_sent_per_image": {scope: plan.per_image(scope) for scope in SCOPES},
+        "paths": [asdict(row) for row in path_rows(a)],
+        "comparison": [
+            {
+                "method": method.name,
+                "memory": {**method.memory, "total": method.memory_total},
+                "bytes_sent_per_node_step": dict(method.sent_per_step),
+            }
+            for method in plan.methods
+        ],
+    }
+
+
+def _nested(traffic: Traffic) -> dict[str, dict[str, int]]:
+    return {scope: {p: sent for (of, p), sent in sorted(traffic.items()) if of == scope} for scope in SCOPES}
+
+
+def lines(plan: Plan) -> Iterator[str]:
+    """The plan as text."""
+    yield from _heading(plan)
+    yield from _memory_lines(plan)
+    yield from _traffic_lines(plan)
+    yield from _path_lines(plan)
+    yield from _comparison_lines(plan)
+
+
+def _heading(plan: Plan) -> Iterator[str]:
+    a = plan.arrangement
+    c, t, shapes = a.config, a.topology, a.shapes
+    parameters, factors, replicas = (
+        _size(values, "") for values in (shapes.values, shapes.factor_values, shapes.replica_values)
+    )
+    yield (
+        f"{c.model.name} at {c.model.image_size} px: {parameters} parameters; a head trains {factors} (factors) "
+        f"and {replicas} (replica parameters)"
+    )
+    images = plan.images_per_node_step
+    yield (
+        f"{t.nodes} nodes x {t.ranks_per_node} ranks, {t.heads_per_node} heads per node; {images * t.nodes:,} images "
+        f"per step, {images:,} per node"
+    )
+    local = f" (in the node {a.local_every})" if a.two_level else ""
+    yield (
+        f"base: scope {c.base.scope}, gather {c.base.gather}, engine {c.engine.name}, {c.train.precision}; merge "
+        f"every {c.merge.every} steps{local}; {c.adapters.mode}, outer {c.merge.outer}"
+    )
+    yield (
+        f"FLOPs per image and training step: LTE {_size(plan.flops, '')}, full-rank {_size(plan.full_rank_flops, '')} "
+        f"({plan.flops / plan.full_rank_flops:.2f})"
+    )
+
+
+def _memory_lines(plan: Plan) -> Iterator[str]:
+    yield from ("", "Memory per rank")
+    for field in fields(plan.memory):
+        size = getattr(plan.memory, field.name)
+        if size:
+            yield f"  {field.name.replace('_', ' '):<34}{_size(size):>12}"
+    yield f"  {'total':<34}{_size(plan.memory.total):>12}"
+    kept, checkpointed = (_size(plan.activations[name]) for name in ("kept", "checkpointed"))
+    yield f"  (activations: {kept}, or {checkpointed} with train.checkpoint_activations)"
+
+
+def _traffic_lines(plan: Plan) -> Iterator[str]:
+    a = plan.arrangement
+    yield from ("", f"{'Bytes sent per node':<36}{'inter-node':>12}{'intra-node':>12}")
+    rows = [("step", plan.step)]
+    if a.config.base.gather == "window":
+        rows.append(("first step after a merge, besides", plan.gather))
+    if a.two_level:
+        rows.append(("local merge", plan.local_merge))
+    rows += [("global merge", plan.global_merge), (f"window of {a.config.merge.every} steps", plan.window)]
+    for title, traffic in rows:
+        sent = by_scope(traffic)
+        yield f"  {title:<34}{_size(sent['inter_node']):>12}{_size(sent['intra_node']):>12}"
+        purposes = {purpose for _, purpose in traffic} if title != rows[-1][0] else set()
+        for purpose in sorted(purposes):
+            inter, intra = (traffic[scope, purpose] for scope in SCOPES)
+            yield f"    {purpose:<32}{_size(inter):>12}{_size(intra):>12}"
+    yield f"  {'per image':<34}{_size(plan.per_image('inter_node')):>12}{_size(plan.per_image('intra_node')):>12}"
+
+
+def _path_lines(plan: Plan) -> Iterator[str]:
+    rows = path_rows(plan.arrangement)
+    width = max(len("layers"), *(len(row.layers) for row in rows)) + 2
+    yield ""
+    yield "Path of each layer in a global merge, and the bytes that leave a node on either"
+    yield f"  {'layers':<{width}}{'weight':>12}{'rank':>6}{'count':>7}  {'path':<7}{'factor':>11}{'dense':>11}"
+    for row in rows:
+        yield (
+            f"  {row.layers:<{width}}{f'{row.out}x{row.into}':>12}{row.rank:>6}{f'x{row.count}':>7}  {row.path:<7}"
+            f"{_size(row.factor_bytes):>11}{_size(row.dense_bytes):>11}"
+        )
+
+
+def _comparison_lines(plan: Plan) -> Iterator[str]:
+    lte = plan.methods[0]
+    titles = f"{'memory':>12}{'of LTE':>8}{'inter-node':>14}{'of LTE':>8}{'per image':>12}{'intra-node':>14}"
+    yield from ("", "Against full-rank training of the same model: memory per rank, bytes sent per node and step")
+    yield f"  {'':<18}{titles}"
+    for method in plan.methods:
+        inter, intra = (method.sent_per_step[scope] for scope in SCOPES)
+        yield (
+            f"  {method.name:<18}{_size(method.memory_total):>12}{_ratio(method.memory_total, lte.memory_total):>8}"
+            f"{_size(inter):>14}{_ratio(inter, lte.sent_per_step['inter_node']):>8}"
+            f"{_size(inter / plan.images_per_node_step):>12}{_size(intra):>14}"
+        )
+
+
+def _ratio(value: float, of: float) -> str:
+    return f"{value / of:.2f}" if of else "-"
+
+
+def _size(count: float, unit: str = "B") -> str:
+    if count < 999.5:
+        return f"{count:.0f} {unit}"
+    for prefix in "kMG":
+        count /= 1000
+        if count < 999.5:
+            return f"{count:.2f} {prefix}{unit}"
+    return f"{count / 1000:.2f} T{unit}"
