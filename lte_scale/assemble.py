@@ -14,7 +14,7 @@ from lte_scale.config.schema import Config
 from lte_scale.cost import training_flops
 from lte_scale.engines.base import Engine, SingleEngine, fill_base, wrap_blocks
 from lte_scale.engines.fsdp import FSDPEngine
-from lte_scale.merge import Merger
+from lte_scale.merge import Merger, folds
 from lte_scale.model import Heads, attach, build
 from lte_scale.optim import HeadOptimizer
 from lte_scale.topology import from_environment
@@ -53,6 +53,8 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
     if device.type == "cpu":
         _plain_attention(model)
     heads = attach(model, config.adapters, collectives.topology.my_heads, seed=config.seed)
+    for layer in heads.linears.values():
+        layer.folded = folds(heads.mode, collectives.topology, config.base)
     flops = training_flops(model, heads, config.model.image_size)
     blocks = wrap_blocks(
         model, checkpoint_activations=config.train.checkpoint_activations, compile=config.train.compile

@@ -28,8 +28,15 @@ from lte_scale.exchange import Bucket, FactorExchange, Ownership, Slice, choose_
 from lte_scale.model import Heads
 from lte_scale.outer import Outer
 from lte_scale.replicas import ReplicaMerger
+from lte_scale.topology import Topology
 
 Shards = Mapping[str, Tensor]
+
+
+def folds(mode: str, topology: Topology, base: BaseConfig) -> bool:
+    """Whether the base a node computes with belongs to one resetless head, so that it can hold W - s B' A'."""
+    shared = base.scope == "global" and base.gather == "pass" and topology.nodes > 1
+    return mode == "resetless" and topology.heads_per_node == 1 and not shared
 
 
 class Merger:
@@ -55,9 +62,7 @@ class Merger:
         self.resetless = heads.mode == "resetless"
         self.spread = base.scope == "global" and topology.nodes > 1
         self.refined = self.spread and base.gather != "pass"
-        self.folded = self.resetless and topology.heads_per_node == 1 and (not self.spread or self.refined)
-        for layer in heads.linears.values():
-            layer.folded = self.folded
+        self.folded = folds(heads.mode, topology, base)
         self.ownership = {name: self._ownership(name) for name in heads.linears}
         stack = 1 if self.resetless else config.every // self.local_every
         self.paths = {
@@ -151,7 +156,7 @@ class Merger:
     def _merge_locally(self, bucket: Bucket, shards: Shards) -> None:
         packed = self.exchange.pack(bucket.names)
         if bucket.path == "factor" and not self.resetless:
-            self.history[bucket].append(packed)
+            self.history[bucket].append(packed.clone())  # else a view keeps the factors of all members alive
         for name, change in self._node_changes(bucket, packed).items():
             if not self.folded:  # a folded base holds W - s B' A', which a local merge leaves as it is
                 shards[name].add_(change)

@@ -132,8 +132,8 @@ class Trainer:
         batch = next(batches)
         self.state.data_wait_seconds += time.perf_counter() - began
         self.position = batch.position
+        self.state.bad_here += batch.damaged
         for name in batch.bad:
-            self.state.bad_here += 1
             log.warning("skipped damaged %s", name)
         return batch
 
