@@ -22,7 +22,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lte_scale import reading
+from lte_scale import archive, reading
 from lte_scale.config.schema import AugmentConfig, DataConfig
 from lte_scale.data import Batch, DataError, EvalBatch, ShardIndex, TrainStream, evaluation_batches, open_index
 from lte_scale.index import Shard
@@ -107,10 +107,8 @@ def test_buffer_of_one_keeps_the_order_and_large_ones_shuffle_differently_per_ep
 
 
 def test_the_order_of_a_resumed_run_outlives_versions_of_numpy() -> None:
-    assert epoch_plan([2, 3, 1], seed=5, epoch=3, head=0, heads=1, buffer=3) == EXPECTED_PLAN
-
-
-EXPECTED_PLAN: list[tuple[int, int]] = []
+    expected = [(1, 0), (1, 2), (1, 1), (0, 0), (0, 1), (2, 0)]
+    assert epoch_plan([2, 3, 1], seed=5, epoch=3, head=0, heads=1, buffer=3) == expected
 
 
 # ---------------------------------------------------------------------------------------------------- the stream
@@ -307,7 +305,7 @@ def test_a_damaged_shard_is_named_once_an_epoch_and_the_others_are_read_whole(
         assert len(names) == 1
         assert names[0].startswith(f"{shard}: cannot be read from sample ")
         assert sum(batch.damaged for batch in both) == 24 - len(seen)
-        assert len(seen & set(range(8, 16))) == {"truncated": 3, "fewer": 1}.get(fault, 0)
+        assert len(seen & set(range(8, 16))) == {"truncated": 4, "fewer": 1}.get(fault, 0)
     assert_same(take(stream(index, batch_size=12, data=data), 2, start=1), batches[1:3])
 
 
@@ -320,7 +318,7 @@ def test_too_much_damage_ends_the_run_with_counts_and_names(tmp_path: Path) -> N
             take(stream(index, batch_size=10, data=data), 100)
         assert "00002.tar: cannot be read from sample 0 of 100 on (No such file or directory)" in str(error.value)
         assert "\n" not in str(error.value)
-        data = replace(data, max_bad_ratio=0.26)
+        data = replace(data, max_bad_ratio=0.4)
         assert len(take(stream(index, batch_size=10, data=data), 100)) == 100
 
 
@@ -419,10 +417,15 @@ class Server(ThreadingHTTPServer):
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "BACKOFF_SECONDS", (0.01, 0.02))
+    monkeypatch.setattr(reading, "BACKOFF_SECONDS", (0.01, 0.02))
+
+
+@pytest.fixture
+def server(tmp_path: Path, impatient: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """30 samples in three shards with an index, by HTTP."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(reading, "BACKOFF_SECONDS", (0.01, 0.02))
     write_lengths(tmp_path / "raw", (10, 10, 10))
     write_shards(str(tmp_path / "raw"), tmp_path / "raw", workers=1)
     serving = Server(tmp_path / "raw")
@@ -485,6 +488,7 @@ def test_a_shard_missing_on_the_server_is_named_and_survived(tmp_path: Path, ser
     assert server.requested["00001.tar"] == 1, "what is not there is not asked for again"
 
 
+@pytest.mark.usefixtures("impatient")
 def test_pipes_run_only_when_allowed(tmp_path: Path) -> None:
     write_lengths(tmp_path, (10, 10))
     pattern = f"pipe:cat {tmp_path}/{{00000..00001}}.tar"
@@ -496,7 +500,7 @@ def test_pipes_run_only_when_allowed(tmp_path: Path) -> None:
     index = open_index(pattern, allow_pipe=True)
     assert_same(take(stream(index), 7), take(stream(open_index(str(tmp_path))), 7))
     gone = replace(index, shards=(Shard(f"pipe:cat {tmp_path}/gone.tar", 10), *index.shards[1:]))
-    assert sum(batch.damaged for batch in take(stream(gone), 5)) == 10
+    assert take(stream(gone, batch_size=20), 1)[0].damaged == 10
 
 
 # ------------------------------------------------------------------------------------------------------ processes

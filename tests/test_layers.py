@@ -1,0 +1,76 @@
+"""The direction of the code: a module imports only from earlier layers, and those of the fifth not one another."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "lte_scale"
+
+LAYERS: dict[int, set[str]] = {
+    0: {"config", "schedules", "log"},
+    1: {"topology", "collectives"},
+    2: {"adapters", "initial", "model", "cost"},
+    3: {"archive", "augment", "damage", "data", "index", "loader", "order", "reading", "shards", "sources"},
+    4: {"engines", "optim"},
+    5: {"merge", "evaluate", "checkpoint", "metrics", "report", "preemption"},
+    6: {"assemble", "trainer", "recorder", "state", "launch", "plan", "estimate", "export", "cli", "__main__", "__init__"},
+}
+# Parts of a module of the fifth layer, which it alone and later layers may import.
+PARTS = {
+    "exchange": {"merge", "traffic", "memory", "baselines"},
+    "outer": {"merge", "replicas"},
+    "replicas": {"merge"},
+    "traffic": {"memory", "baselines"},
+    "memory": {"baselines"},
+    "baselines": set[str](),
+    "flat": {"checkpoint"},
+}  # fmt: skip
+CHECKED_FIRST = {"topology"}  # config checks what a topology allows with the topology's own arithmetic
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def layer_of(module: str) -> int:
+    if module in PARTS:
+        return 5
+    found = [layer for layer, modules in LAYERS.items() if module in modules]
+    assert found, f"lte_scale.{module} has no layer: give it one in tests/test_layers.py"
+    return found[0]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] if node.module != "lte_scale" else [f"lte_scale.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("lte_scale.")}
+    return found - {"__version__"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_to_earlier_layers(path: Path) -> None:
+    module = module_of(path)
+    layer = layer_of(module)
+    for imported in imports(path) - {module}:
+        other = layer_of(imported)
+        if module == "config" and imported in CHECKED_FIRST:
+            continue
+        if layer == other == 5:
+            assert module in PARTS.get(imported, set()), f"{module} and {imported} are both of layer 5"
+        else:
+            assert other <= layer, f"{module} (layer {layer}) imports {imported} (layer {other})"
+
+
+def test_only_its_engine_imports_deepspeed() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "deepspeed.py":
+            assert "import deepspeed" not in path.read_text(), path
