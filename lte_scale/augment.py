@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -139,6 +139,11 @@ def _to_float(image: Image.Image) -> Tensor:
     return pil_to_tensor(image).to(torch.float32).div_(255)
 
 
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    # At full strength timm asks for 0 bits, which Pillow refuses since version 13.
+    return ImageOps.posterize(image, min(max(bits, 1), 8))
+
+
 class _PlainResize:
     """To a square, whatever the shape; an image that has the size stays as it is."""
 
@@ -163,6 +168,9 @@ class _RandAugment:
                 f"augment.rand_augment: {policy!r} is no RandAugment policy of timm; write one as "
                 "`rand-m9-mstd0.5-inc1`, or leave it empty"
             ) from error
+        for operation in self.policy.ops:
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return self.policy(image.convert("RGB")).convert(image.mode)

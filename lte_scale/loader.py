@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import signal
-import weakref
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
-from multiprocessing.sharedctypes import RawValue
-from typing import Any, Protocol, TypeVar
+from multiprocessing.connection import Connection
+from typing import Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+GRACE_SECONDS = 1.0
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -29,14 +34,9 @@ def in_workers(make: Make[T], workers: int, prefetch: int) -> Iterator[T]:
 
     The processes end when the iterator is closed, when this process exits, and when it dies.
     """
-    items = _items(make, workers, prefetch)
-    # Python joins child processes at exit, so they must have been told to end before.
-    atexit.register(_close, weakref.ref(items))
-    return items
-
-
-def _items(make: Make[T], workers: int, prefetch: int) -> Iterator[T]:
-    ending = RawValue("b", 0)
+    # Nothing is ever sent: what the workers wait for is that the writing end closes, whoever closes it.
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    atexit.register(writer.close)
     loader = DataLoader(
         _Source(make),
         batch_size=None,
@@ -45,19 +45,16 @@ def _items(make: Make[T], workers: int, prefetch: int) -> Iterator[T]:
         prefetch_factor=prefetch if workers else None,
         # A process that has not touched CUDA must not open a context for the sake of pinning.
         pin_memory=torch.cuda.is_initialized(),
-        worker_init_fn=partial(_start_worker, ending),
+        worker_init_fn=partial(_start_worker, reader, writer),
         # The loader draws a seed it never uses; not from the training loop's generator.
         generator=torch.Generator(),
     )
     try:
         yield from loader
     finally:
-        ending.value = 1
-
-
-def _close(items: weakref.ref[Any]) -> None:
-    if (generator := items()) is not None:
-        generator.close()
+        atexit.unregister(writer.close)
+        writer.close()
+        reader.close()
 
 
 class _Source(IterableDataset[T]):
@@ -73,9 +70,19 @@ def _unchanged(item: T) -> T:
     return item
 
 
-def _start_worker(ending: Any, worker: int) -> None:
+def _start_worker(reader: Connection, writer: Connection, worker: int) -> None:
     """A signal to the whole process group is the training loop's to handle, and it still needs batches to finish its
-    step. Once the loop has ended, SIGTERM ends a worker that is stuck in a slow read."""
+    step; so a worker heeds none, and ends when its loop has ended."""
+    writer.close()
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.value else None)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=(reader,), daemon=True).start()
+
+
+def _end_after(reader: Connection) -> None:
+    """End this worker soon after the loop, even out of a read that never returns."""
+    with suppress(EOFError, OSError):
+        reader.recv_bytes()
+    time.sleep(GRACE_SECONDS)
+    os._exit(0)

@@ -77,7 +77,7 @@ class Merger:
         self.mean_product: dict[str, Tensor] = {}
         self.outer = Outer(config, ema_decay)
         self.separate = self.two_level or self.folded or self.refined
-        with self._editable() as shards:
+        with self.editable() as shards:
             if self.separate:
                 for name, own in self.ownership.items():
                     self.outer.masters[name] = _cut(shards[name], own.compute, own.own).clone()
@@ -86,7 +86,8 @@ class Merger:
         self._clear_products()
 
     @contextmanager
-    def _editable(self) -> Iterator[Shards]:
+    def editable(self) -> Iterator[Shards]:
+        """The engine's parts of all weights; within, `outer.masters` are what they are even where they alias them."""
         with torch.no_grad(), self.engine.editable() as shards:
             if not self.separate:
                 self.outer.masters.update(shards)
@@ -139,7 +140,7 @@ class Merger:
     def merge(self, step: int, *, decay: float = 0.0) -> None:
         """Merge after `step`, in all ranks. `decay`: the fraction the master loses (decoupled weight decay)."""
         everywhere = self.is_global(step)
-        with self._editable() as shards:
+        with self.editable() as shards:
             for bucket in self.buckets:
                 if everywhere:
                     self._merge_globally(bucket, shards, decay)
@@ -274,14 +275,14 @@ class Merger:
     @torch.no_grad()
     def publish(self) -> None:
         """Write the master to the engine (after loading it)."""
-        with self._editable() as shards:
+        with self.editable() as shards:
             for bucket in self.buckets:
                 self._publish(bucket, self.outer.masters, shards)
 
     @contextmanager
     def merged(self, *, average: bool = False) -> Iterator[None]:
         """Within: the model is that of the last global merge (or its moving average), without heads."""
-        with self._editable() as shards:
+        with self.editable() as shards:
             kept = {name: shard.clone() for name, shard in shards.items()}
             weights = dict(self.outer.averages if average else self.outer.masters)
             for bucket in self.buckets:
@@ -293,7 +294,7 @@ class Merger:
         finally:
             self.heads.layout.active = True
             self.replicas.swap_out(kept_replicas)
-            with self._editable() as shards:
+            with self.editable() as shards:
                 for name, shard in shards.items():
                     shard.copy_(kept[name])
 

@@ -74,7 +74,7 @@ class Preemption:
             if not self._maximum(int(bool(noticed))):
                 return False
             self.last_step = self._maximum(self._negotiate(step) if self.leads else 0)
-            log.warning("stop requested: all ranks end after step %d", self.last_step)
+            log.info("stop requested: all ranks end after step %d", self.last_step)
         return step >= self.last_step
 
     def _maximum(self, value: int) -> int:

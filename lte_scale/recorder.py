@@ -94,15 +94,15 @@ class Recorder:
     ) -> Record:
         """Reduce the interval over the node, or over all nodes after a global merge, and write it. Collective."""
         interval, topology = self.interval, self.collectives.topology
+        group = self.collectives.world if everywhere else self.collectives.node
+        sums = torch.stack([interval.loss, interval.correct, interval.gradient_norm]).double()
+        extra = torch.tensor([interval.images, state.skipped_here, state.bad_here], device=self.device)
+        total = self.collectives.all_reduce(torch.cat([sums, extra.double()]), group, "metrics").tolist()
         sent = self.collectives.node_bytes()
         state.inter_node_bytes, state.intra_node_bytes = (
             before + sum(count for (of, _), count in sent.items() if of == scope)
             for before, scope in zip(self.resumed_bytes, SCOPES, strict=True)
         )
-        group = self.collectives.world if everywhere else self.collectives.node
-        sums = torch.stack([interval.loss, interval.correct, interval.gradient_norm]).double()
-        extra = torch.tensor([interval.images, state.skipped_here, state.bad_here], device=self.device)
-        total = self.collectives.all_reduce(torch.cat([sums, extra.double()]), group, "metrics").tolist()
         if everywhere:
             state.skipped_steps, state.bad_samples = int(total[4]), int(total[5])
         seconds = (time.perf_counter() - interval.began) / max(1, interval.steps)
@@ -131,7 +131,7 @@ class Recorder:
             self.writer.write(record)
             progress.info(format_progress(record, self.schedule.total, self._seconds_left(state.step)))
         if self.endpoint is not None:
-            self.endpoint.update(record, sent)
+            self.endpoint.update(record, {key: count for key, count in sent.items() if count})
         interval.clear()
         return record
 

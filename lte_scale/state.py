@@ -17,6 +17,7 @@ class TrainState:
     `skipped_steps` and `bad_samples` over all ranks, as of the last global merge.
     """
 
+    classes: int = 0
     step: int = 0
     evaluated_step: int = 0
     best_top1: float = 0.0

@@ -57,7 +57,7 @@ class Trainer:
         )
         coupled = config.base.scope == "global" and config.base.gather == "pass"
         self.preemption = Preemption(collectives, collectives.world if coupled else collectives.node)
-        self.state, self.position = TrainState(), 0
+        self.state, self.position = TrainState(classes=classes), 0
 
     def __enter__(self) -> Trainer:
         return self
@@ -93,7 +93,7 @@ class Trainer:
             if stopping:
                 if self.preemption.reason:
                     raise TrainingError(f"{self.preemption.reason}; saved at step {state.step}")
-                log.warning("stopped after step %d; resume with resume=auto", state.step)
+                log.info("stopped after step %d; the same command resumes", state.step)
                 return 128 + (self.preemption.received or signal.SIGTERM)
         return 0
 

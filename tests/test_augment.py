@@ -69,6 +69,15 @@ def test_every_operation_of_randaugment_takes_grey_images(operation: str) -> Non
     assert result.size == (28, 28)
 
 
+@pytest.mark.parametrize("magnitude", [0, 10])
+@pytest.mark.parametrize("increasing", [0, 1])
+def test_every_operation_of_randaugment_works_at_both_ends_of_its_range(magnitude: int, increasing: int) -> None:
+    transform = train_transform(AugmentConfig(rand_augment=f"rand-m{magnitude}-p1-inc{increasing}"), 16, 3)
+    policy = next(step for step in transform.transforms if hasattr(step, "policy"))  # type: ignore[attr-defined]
+    for operation in policy.policy.ops:
+        assert operation(image(16, 16, 3)).size == (16, 16), operation
+
+
 def test_without_augmentation_an_image_of_the_right_size_is_only_normalised() -> None:
     source = image(16, 16, 3)
     pixels = torch.from_numpy(np.array(source)).permute(2, 0, 1) / 255

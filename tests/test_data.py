@@ -1,7 +1,9 @@
-"""The data stream: every sample once, the same batches wherever it resumes and however it is spread, damage survived."""
+"""The data stream: every sample once, the same batches wherever it resumes and however it is spread; damage."""
 
 from __future__ import annotations
 
+import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +41,10 @@ HERE = DataConfig(workers=0, shuffle_buffer=4, max_bad_ratio=1.0)
 
 
 def stream(index: ShardIndex, **changes: Any) -> TrainStream:
-    options: dict[str, Any] = dict(
-        heads=range(1), total_heads=1, member=0, members=1, batch_size=4, seed=7, image_size=SIZE, channels=1,
-        num_classes=CLASSES, augment=PLAIN, data=HERE,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "heads": range(1), "total_heads": 1, "member": 0, "members": 1, "batch_size": 4, "seed": 7,
+        "image_size": SIZE, "channels": 1, "num_classes": CLASSES, "augment": PLAIN, "data": HERE,
+    }  # fmt: skip
     return TrainStream(index, **(options | changes))
 
 
@@ -147,7 +150,7 @@ def test_labels_belong_to_their_images_and_batches_cross_epochs(tmp_path: Path) 
 def test_any_number_of_workers_resumes_at_any_position_with_the_very_next_sample(tmp_path: Path) -> None:
     index = write_lengths(tmp_path, (3, 8, 0, 1, 4))
     augment = replace(HEAVY, mixup=0.5, cutmix=0.5)
-    options: dict[str, Any] = dict(heads=range(1, 3), total_heads=3, batch_size=4, augment=augment)
+    options: dict[str, Any] = {"heads": range(1, 3), "total_heads": 3, "batch_size": 4, "augment": augment}
     whole = take(stream(index, **options), 10)  # 7.5 epochs of each head's part
     for workers in range(4):
         source = stream(index, **options, data=replace(HERE, workers=workers))
@@ -171,7 +174,7 @@ def test_heads_in_one_rank_are_the_heads_of_as_many_ranks(tmp_path: Path, augmen
 
 def test_members_of_a_head_take_slices_of_its_batches(tmp_path: Path) -> None:
     index = write_lengths(tmp_path, UNEVEN)
-    options: dict[str, Any] = dict(heads=range(1, 2), total_heads=2, batch_size=6, augment=HEAVY)
+    options: dict[str, Any] = {"heads": range(1, 2), "total_heads": 2, "batch_size": 6, "augment": HEAVY}
     whole = take(stream(index, **options), 4)
     members = [take(stream(index, **options, member=m, members=3), 4) for m in range(3)]
     for number, batch in enumerate(whole):
@@ -200,12 +203,12 @@ def test_the_training_loops_random_states_are_left_alone(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(total_heads=24), "23 samples cannot be divided among 24 heads"),
-        (dict(batch_size=6, members=4), "train.batch_size: 6 .* multiple of 4"),
-        (dict(batch_size=6, members=2, augment=replace(PLAIN, mixup=1.0)), "even number .* multiple of 4"),
-        (dict(num_classes=0), "model.num_classes"),
-        (dict(augment=AugmentConfig(mean=[0.1, 0.2])), "augment.mean"),
-        (dict(data=replace(HERE, cache_dir="/proc/none/cache")), "data.cache_dir: cannot create /proc/none/cache"),
+        ({"total_heads": 24}, "23 samples cannot be divided among 24 heads"),
+        ({"batch_size": 6, "members": 4}, "train.batch_size: 6 .* multiple of 4"),
+        ({"batch_size": 6, "members": 2, "augment": replace(PLAIN, mixup=1.0)}, "even number .* multiple of 4"),
+        ({"num_classes": 0}, "model.num_classes"),
+        ({"augment": AugmentConfig(mean=[0.1, 0.2])}, "augment.mean"),
+        ({"data": replace(HERE, cache_dir="/proc/none/cache")}, "data.cache_dir: cannot create /proc/none/cache"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -255,7 +258,7 @@ def test_damaged_samples_are_named_and_replaced_by_the_next_good_one(tmp_path: P
 
 def test_members_agree_on_replacements(tmp_path: Path) -> None:
     index = damaged_index(tmp_path)
-    options: dict[str, Any] = dict(batch_size=6, data=replace(HERE, shuffle_buffer=1))
+    options: dict[str, Any] = {"batch_size": 6, "data": replace(HERE, shuffle_buffer=1)}
     whole = take(stream(index, **options), 2)
     members = [take(stream(index, **options, member=m, members=6), 2) for m in range(6)]
     for number, batch in enumerate(whole):
@@ -349,7 +352,7 @@ def test_evaluation_sees_each_sample_once_in_equally_many_batches_on_all_ranks(
 ) -> None:
     index = write_lengths(tmp_path, (3, 11, 0, 2, 6))  # 22 samples
     ranks = [evaluation(index, world, rank, workers) for rank in range(world)]
-    assert {len(batches) for batches in ranks} == {-(-(-(-22 // world)) // 4)}
+    assert {len(batches) for batches in ranks} == {math.ceil(math.ceil(22 / world) / 4)}
     seen = []
     for batch in (batch for batches in ranks for batch in batches):
         assert batch.images.shape == (4, 1, SIZE, SIZE)
@@ -506,34 +509,24 @@ def test_pipes_run_only_when_allowed(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ processes
 
 SCRIPT = """
-import os, signal, sys, time
-from pathlib import Path
-from tests.test_data import HERE, replace, stream, open_index
-source = stream(open_index(sys.argv[1]), data=replace(HERE, workers=2))
-if sys.argv[2] == "group":
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, lambda *_: None)
+import signal, sys
+from tests.shard_files import CLASSES, PLAIN, SIZE, open_index
+from lte_scale.config.schema import DataConfig
+from lte_scale.data import TrainStream
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: None)
+source = TrainStream(
+    open_index(sys.argv[1]), heads=range(1), total_heads=1, member=0, members=1, batch_size=4, seed=0, image_size=SIZE,
+    channels=1, num_classes=CLASSES, augment=PLAIN, data=DataConfig(workers=2),
+)
 batches = source.iterate(0)
 next(batches)
 print("ready", flush=True)
-if sys.argv[2] == "group":
-    sys.stdin.readline()
-    for _ in range(20):
-        next(batches)
-    print("done", flush=True)
-if sys.argv[2] == "wait":
-    time.sleep(60)
+sys.stdin.readline()
+for _ in range(20):
+    next(batches)
+print("done", flush=True)
 """
-
-
-def started(folder: Path, mode: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder), mode], cwd=Path(__file__).parents[1], text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
 
 
 def group_is_empty(group: int, within_seconds: float) -> bool:
@@ -547,29 +540,56 @@ def group_is_empty(group: int, within_seconds: float) -> bool:
     return False
 
 
-def test_signals_to_the_group_leave_the_workers_to_finish(tmp_path: Path) -> None:
+def test_signals_to_the_group_leave_the_workers_to_finish_and_they_end_with_the_process(tmp_path: Path) -> None:
     write_lengths(tmp_path, UNEVEN)
-    process = started(tmp_path, "group")
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=Path(__file__).parents[1], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGINT)
-    output, errors = process.communicate("go\n", timeout=30)
+    output, errors = process.communicate("go\n", timeout=60)  # the script leaves its stream open
     assert (output, errors, process.returncode) == ("done\n", "", 0)
     assert group_is_empty(process.pid, 5)
 
 
-def test_a_process_that_ends_without_closing_the_stream_ends_at_once(tmp_path: Path) -> None:
-    write_lengths(tmp_path, UNEVEN)
-    process = started(tmp_path, "exit")
-    began = time.monotonic()
-    _, errors = process.communicate(timeout=30)
-    assert (errors, process.returncode) == ("", 0)
-    assert time.monotonic() - began < 10
-    assert group_is_empty(process.pid, 5)
+def _one_batch(folder: str, ready: Connection) -> None:
+    os.setsid()
+    batches = stream(open_index(folder), data=replace(HERE, workers=2)).iterate(0)
+    next(batches)
+    ready.send(True)
+    time.sleep(60)
 
 
 def test_workers_die_with_their_parent(tmp_path: Path) -> None:
     write_lengths(tmp_path, UNEVEN)
-    process = started(tmp_path, "wait")
-    process.kill()
-    process.communicate(timeout=30)
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_one_batch, args=(str(tmp_path), theirs))
+    process.start()
+    assert process.pid is not None
+    assert ours.poll(30)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
     assert group_is_empty(process.pid, 20)
+
+
+def test_workers_stuck_in_a_read_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "0.tar")  # opening it blocks, for nobody writes
+    index = ShardIndex("stuck", (Shard(str(tmp_path / "0.tar"), 10),))
+
+    def interrupt(*_: object) -> None:
+        raise InterruptedError
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(InterruptedError):
+            take(stream(index, data=replace(HERE, workers=3)), 1)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    end = time.monotonic() + 5  # by itself, torch waits 5 seconds for each of the three
+    while multiprocessing.active_children() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not multiprocessing.active_children()

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from lte_scale import shards
+from lte_scale import archive, shards
 from lte_scale.archive import beside, members, open_tar, read_samples, shard_name
 from lte_scale.index import open_index
 from lte_scale.shards import write_shards
@@ -300,7 +300,8 @@ def test_the_index_is_beside_the_shard(url: str, name: str, index: str | None) -
         assert beside(url, "index.json") == index
 
 
-def test_locations_that_cannot_be_used_say_what_is_near(tmp_path: Path) -> None:
+def test_locations_that_cannot_be_used_say_what_is_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "BACKOFF_SECONDS", (0.01, 0.02))
     write_lengths(tmp_path / "data" / "train", (2, 2))
     cases = {
         "": "set data.train",

@@ -63,7 +63,7 @@ def train(rank: int, config: Config, steps: int) -> Outcome:
         run.step(step)
         base_bytes.append(sum(n for (_, purpose), n in run.collectives.bytes_sent.items() if purpose == "base"))
     parts: dict[str, tuple[int, int, Tensor]] = {}
-    with run.merger._editable():
+    with run.merger.editable():
         for name, own in run.merger.ownership.items():
             parts[name] = (*own.own, run.merger.outer.masters[name].clone())
     sent: dict[Any, int] = dict(run.collectives.bytes_sent)

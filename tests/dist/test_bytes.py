@@ -108,7 +108,7 @@ def held(rank: int, config: Config) -> dict[str, int]:
     F.cross_entropy(run.engine.model(images), labels).backward()
     parameters = run.heads.parameters().values()
     layers = run.heads.linears.values()
-    with merger._editable() as shards:
+    with merger.editable() as shards:
         compute = list(shards.values()) if merger.separate else []
     kept: dict[str, list[Tensor | None]] = {
         "master": [t for outer in outers for t in outer.masters.values()],

@@ -1,0 +1,388 @@
+"""Sharded checkpoints that are whole or not there.
+
+    RUN/checkpoints/
+        step_00001000/            the final name: written under .tmp-step_00001000 and renamed when all ranks are done
+            .metadata             which tensor lies where (torch.distributed.checkpoint)
+            __0_0.distcp ...      the tensors, each rank its own
+            train_state.json      the trainer's state, the topology
+            config.yaml           the resolved configuration
+
+Keys. Weights are flat fp32 vectors of which a rank holds any part, so that they load on any number of ranks:
+
+    master/LAYER  momentum/LAYER  average/LAYER         the base, its outer momentum, its moving average
+    product/LAYER                                       what resetless heads had merged at the last global merge
+    replica_master/NAME  replica_momentum/  replica_average/
+    node/K/LAYER                                        node K's compute weights, where nodes merge on their own
+    head/N/...                                          factors, replica parameters, AdamW's state, data position
+    history/RANK/BUCKET/I                               factors of earlier local merges of the window (factor path)
+
+Loaded on the same topology, a run continues bit for bit. On another one:
+
+    the number of heads is the same     heads keep factors, optimizer state and data position
+    it differs                          heads are drawn anew, from the masters; the data goes on at the same epoch
+    nodes had merged on their own       their progress since the last global merge is dropped
+
+Only tensors and JSON are read: loading executes no code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from lte_scale.collectives import Collectives
+from lte_scale.config.schema import CheckpointConfig
+from lte_scale.flat import FlatPart
+from lte_scale.log import log
+from lte_scale.merge import Merger
+from lte_scale.model import Heads
+from lte_scale.optim import HeadOptimizer
+
+_NAME = re.compile(r"step_(\d{8,})")
+_ABOUT = ("top1", "topology", "format", "heads", "position")  # in train_state.json besides the trainer's own state
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a checkpoint holds besides the trainer's state. `positions`: the data position of each head."""
+
+    heads: Heads
+    merger: Merger
+    optimizer: HeadOptimizer
+    positions: dict[int, int]
+
+
+def check_writable(run_dir: Path) -> None:
+    """Create the run directory and prove that it can be written.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        probe = run_dir / "checkpoints" / ".probe"
+        probe.write_text("written\n")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"run_dir: cannot write {run_dir} ({error.strerror}); choose a directory you may write") from error
+
+
+def whole_checkpoints(run_dir: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    found = [p for p in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name) and _is_whole(p)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def _is_whole(path: Path) -> bool:
+    return (path / ".metadata").is_file() and (path / "train_state.json").is_file()
+
+
+def resolve(location: str) -> Path:
+    """The checkpoint that a path names: itself, or the newest of a run.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    path = Path(location)
+    if _is_whole(path):
+        return path
+    if found := whole_checkpoints(path):
+        return found[-1]
+    siblings = whole_checkpoints(path.parent.parent)
+    hint = f"; the newest of its run is {siblings[-1]}" if siblings else "; name a run directory or one of its checkpoints"
+    raise ValueError(f"{location}: no checkpoint{hint}")
+
+
+def best_checkpoint(run_dir: Path) -> Path:
+    """The run's checkpoint with the best eval_top1.
+
+    Raises:
+        ValueError: if none was evaluated.
+    """
+    scored = [(top1, path) for path in whole_checkpoints(run_dir) if (top1 := _read_state(path).get("top1")) is not None]
+    if not scored:
+        raise ValueError(f"{run_dir}: no checkpoint with an evaluation; leave out --best")
+    return max(scored)[1]
+
+
+class Checkpoints:
+    """Saves and loads the checkpoints of a run, at most one save in flight. Every method is collective, but `poll`."""
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, collectives: Collectives) -> None:
+        self.run_dir, self.config, self.collectives = run_dir, config, collectives
+        self.first = collectives.topology.rank == 0
+        world = collectives.topology.world_size
+        # Its own group: a background save must not mix its messages with the training's.
+        self.group = dist.new_group(list(range(world)), backend="gloo") if world > 1 else None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: Future[None] | None = None
+        if self.first:
+            for stale in (run_dir / "checkpoints").glob(".tmp-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+
+    def save(
+        self, pieces: Pieces, state: Mapping[str, Any], config_text: str, *, top1: float | None, wait: bool
+    ) -> None:
+        """Copy everything now and write it, in the background unless `wait` or configured otherwise.
+
+        A save that fails warns and leaves training and earlier checkpoints as they were.
+        """
+        self._finish()
+        with torch.no_grad(), pieces.merger.editable() as shards:
+            tensors = {name: _copied(value) for name, value in _tensors(pieces, shards).items()}
+        path = self.run_dir / "checkpoints" / f"step_{state['step']:08d}"
+        described = {**state, "top1": top1, "topology": asdict(self.collectives.topology), "format": 1}
+        described |= {"heads": self.collectives.topology.heads, "position": max(pieces.positions.values())}
+        self._saving = self._executor.submit(self._write, path, tensors, described, config_text)
+        if wait or not self.config.asynchronous:
+            self._finish()
+
+    def _write(self, path: Path, tensors: Tensors, state: dict[str, Any], config_text: str) -> None:
+        temporary = path.with_name(f".tmp-{path.name}")
+        try:
+            dcp.save(tensors, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None)
+            if self.first:
+                (temporary / "train_state.json").write_text(json.dumps(state, indent=2) + "\n")
+                (temporary / "config.yaml").write_text(config_text)
+                if path.exists():  # saved twice at one step: the files are equal
+                    shutil.rmtree(path)
+                os.rename(temporary, path)
+                self._retain()
+        except BaseException as error:  # DCP's CheckpointException is no Exception
+            if self.first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise RuntimeError(f"checkpoint {path.name} could not be written: {_reason(error)}") from error
+
+    def _retain(self) -> None:
+        """Keep the last ones and the best; the newest is always among them."""
+        found = whole_checkpoints(self.run_dir)
+        kept = set(found[-self.config.keep_last :])
+        if self.config.keep_best:
+            with contextlib.suppress(ValueError):
+                kept.add(best_checkpoint(self.run_dir))
+        for path in set(found) - kept:
+            doomed = path.with_name(f".tmp-{path.name}")  # renamed first: half deleted it must not look whole
+            os.rename(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def poll(self) -> None:
+        """Take note of a save that has ended meanwhile."""
+        if self._saving is not None and self._saving.done():
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._saving is None:
+            return
+        try:
+            self._saving.result()
+        except RuntimeError as error:
+            if self.first:
+                log.warning("%s; training goes on, earlier checkpoints are untouched", error)
+        self._saving = None
+
+    def close(self) -> None:
+        """Wait for a save in flight."""
+        self._finish()
+        self._executor.shutdown()
+
+    def find(self, resume: str) -> Path | None:
+        """The checkpoint to resume from: `auto` (newest of the run, if any), `never`, or a path.
+
+        Raises:
+            ValueError: if the path names none.
+        """
+        found: Path | None = None
+        error: str | None = None
+        if self.first and resume != "never":
+            try:
+                found = next(reversed(whole_checkpoints(self.run_dir)), None) if resume == "auto" else resolve(resume)
+            except ValueError as caught:
+                error = f"resume: {caught}"
+        found, error = self.collectives.broadcast_object((found, error))
+        if error:
+            raise ValueError(error)
+        return found
+
+    def load(self, path: Path, pieces: Pieces) -> dict[str, Any]:
+        """Load into `pieces`, in place; returns the trainer's state.
+
+        Raises:
+            ValueError: if the checkpoint is of another model.
+        """
+        state = _read_state(path)
+        topology = self.collectives.topology
+        same_place = state["topology"] == {**asdict(topology), "rank": 0}
+        same_heads = state["heads"] == topology.heads
+        metadata = dcp.FileSystemReader(path).read_metadata()
+        merger = pieces.merger
+        with torch.no_grad(), merger.editable() as shards:
+            _check_model(metadata, pieces, path)
+            wanted = _tensors(pieces, shards, loading=True)
+            chosen = {n: t for n, t in wanted.items() if _carries_over(n, same_place=same_place, same_heads=same_heads)}
+            self._drop_what_is_missing(chosen, metadata, path)
+            staged = {name: _copied(value) for name, value in chosen.items()}
+            dcp.load(staged, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
+            late = {n for n in staged if n.startswith(("node/", "product/"))}
+            _copy_in({n: t for n, t in staged.items() if n not in late}, chosen)
+        self._load_history(path, metadata, pieces, same_place)
+        _take_positions(pieces, staged, state, topology.heads)
+        if not same_heads:
+            self._say(f"{state['heads']} heads are now {topology.heads}: they are drawn anew from the merged weights")
+            merger.replicas.write(merger.replicas.outer.masters)
+        if any(name.startswith("node/") for name in metadata.state_dict_metadata) and not same_place:
+            self._say("another topology: what nodes had merged on their own since the last global merge is dropped")
+        merger.restore_products()
+        merger.publish()
+        with torch.no_grad(), merger.editable() as shards:
+            targets = _tensors(pieces, shards, loading=True)
+            _copy_in({n: staged[n] for n in late}, {n: targets[n] for n in late})
+        return {key: value for key, value in state.items() if key not in _ABOUT}
+
+    def _say(self, message: str) -> None:
+        if self.first:
+            log.warning(message)
+
+    def _drop_what_is_missing(self, chosen: Tensors, metadata: Metadata, path: Path) -> None:
+        missing = [name for name in chosen if name not in metadata.state_dict_metadata]
+        for name in missing:
+            del chosen[name]
+        kinds = sorted({name.partition("/")[0] for name in missing})
+        if kinds:
+            self._say(f"{path} holds no {', '.join(kinds)}: they start anew")
+
+    def _load_history(self, path: Path, metadata: Metadata, pieces: Pieces, same_place: bool) -> None:
+        prefix = f"history/{self.collectives.topology.rank}/"
+        names = sorted(n for n in metadata.state_dict_metadata if n.startswith(prefix)) if same_place else []
+        found: dict[str, Tensor] = {}
+        for name in names:
+            stored = metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)
+            found[name] = torch.empty(stored.size)
+        dcp.load(found, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
+        device = next(iter(pieces.heads.parameters().values())).device
+        for number, bucket in enumerate(pieces.merger.buckets):
+            mine = sorted(n for n in found if n.startswith(f"{prefix}{number:04d}/"))
+            pieces.merger.history[bucket] = [found[n].to(device) for n in mine]
+
+
+def _tensors(pieces: Pieces, shards: Mapping[str, Tensor], *, loading: bool = False) -> Tensors:
+    """Every tensor of the run by its key, as they are: not copied."""
+    merger, heads = pieces.merger, pieces.heads
+    rank, node = merger.topology.rank, merger.topology.node
+    found: Tensors = {}
+    for name, own in merger.ownership.items():
+        total = own.shape[0] * own.shape[1]
+        for kind, values in (
+            ("master", merger.outer.masters),
+            ("momentum", merger.outer.momenta),
+            ("average", merger.outer.averages),
+            ("product", merger.mean_product if merger.two_level else {}),
+        ):
+            if name in values:
+                found[f"{kind}/{name}"] = FlatPart(values[name], own.own[0], total)
+        if merger.two_level:
+            found[f"node/{node}/{name}"] = FlatPart(shards[name], own.compute[0], total)
+    replicas = merger.replicas.outer
+    for kind, values in (("master", replicas.masters), ("momentum", replicas.momenta), ("average", replicas.averages)):
+        found |= {f"replica_{kind}/{name}": value for name, value in values.items()}
+    for index, head in enumerate(heads.ids):
+        found |= {f"head/{head}/{name}": value for name, value in _of_head(pieces, index, head).items()}
+    if not loading:
+        for number, (_, packed) in enumerate(merger.history.items()):
+            found |= {f"history/{rank}/{number:04d}/{i:04d}": tensor for i, tensor in enumerate(packed)}
+    return found
+
+
+def _of_head(pieces: Pieces, index: int, head: int) -> dict[str, Tensor]:
+    heads, optimizer = pieces.heads, pieces.optimizer
+    count = len(heads.ids)
+    found = {}
+    for name, parameter in heads.parameters().items():
+        found[name] = parameter.detach().view(count, -1)[index]
+        for moment, value in optimizer.moments(parameter).items():
+            found[f"{name}/{moment}"] = value.view(count, -1)[index]
+        found[f"{name}/step"] = optimizer.adamw.state[parameter]["step"]
+    for name, layer in heads.linears.items():
+        if layer.A_prev is not None and layer.B_prev is not None:
+            found |= {f"{name}.A_prev": layer.A_prev[index].view(-1), f"{name}.B_prev": layer.B_prev[index].view(-1)}
+    found["position"] = torch.tensor(pieces.positions[head])
+    found["skipped_in_a_row"] = torch.tensor(optimizer.skipped_in_a_row[index])
+    return found
+
+
+def _carries_over(name: str, *, same_place: bool, same_heads: bool) -> bool:
+    kind = name.partition("/")[0]
+    return same_place if kind == "node" else same_heads if kind == "head" else True
+
+
+def _copied(value: Tensor) -> Tensor:
+    return value.copied() if isinstance(value, FlatPart) else value.detach().to("cpu", copy=True)
+
+
+def _copy_in(source: Tensors, target: Tensors) -> None:
+    for name, value in source.items():
+        into = target[name]
+        if isinstance(value, FlatPart) and isinstance(into, FlatPart):
+            into.values.copy_(value.values)
+        else:
+            into.copy_(value)
+
+
+def _take_positions(pieces: Pieces, staged: Tensors, state: Mapping[str, Any], heads: int) -> None:
+    for index, head in enumerate(pieces.heads.ids):
+        position, skipped = staged.get(f"head/{head}/position"), staged.get(f"head/{head}/skipped_in_a_row")
+        if position is not None and skipped is not None:
+            pieces.positions[head] = int(position)
+            pieces.optimizer.skipped_in_a_row[index] = int(skipped)
+        else:  # other heads share the epoch now: go on where they all were
+            pieces.positions[head] = int(state["position"]) * int(state["heads"]) // heads
+
+
+def _check_model(metadata: Metadata, pieces: Pieces, path: Path) -> None:
+    """Whether the checkpoint's layers and parameters are this model's."""
+    merger = pieces.merger
+    wanted = {f"master/{name}": own.shape[0] * own.shape[1] for name, own in merger.ownership.items()}
+    wanted |= {f"replica_master/{name}": value.numel() for name, value in merger.replicas.outer.masters.items()}
+    wanted |= {f"head/0/{name}": p.numel() // len(pieces.heads.ids) for name, p in pieces.heads.parameters().items()}
+    stored = {
+        name: entry.size.numel()
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and name.startswith(("master/", "replica_master/", "head/0/"))
+    }
+    differing = [name for name in sorted(wanted) if stored.get(name) != wanted[name]]
+    differing += [name for name in sorted(stored) if name.startswith("master/") and name not in wanted]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{path}: is of another model or rank: {name} has {stored.get(name, 'no')} values there and "
+            f"{wanted.get(name, 'none')} here ({len(differing)} such tensors); set run_dir to a new directory or resume=never"
+        )
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((path / "train_state.json").read_text())
+    return state
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, in one line."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, (cause, _) = next(iter(failures.items()))
+        return f"rank {rank}: {_reason(cause)}"
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,135 @@
+"""`lte-scale export` and `lte-scale eval`: the merged weights of a checkpoint as a plain timm model, in one process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import timm
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lte_scale.checkpoint import best_checkpoint, resolve
+from lte_scale.config import Config, load_config
+from lte_scale.data import evaluation_batches, open_index
+from lte_scale.evaluate import results, score
+from lte_scale.model import attach, build
+
+
+def load_merged(checkpoint: Path, *, average: bool = False) -> tuple[Config, int, dict[str, Tensor]]:
+    """The configuration, the number of classes and the timm state dict (fp32, CPU) of a checkpoint's merged weights.
+
+    Args:
+        average: take the moving average instead.
+
+    Raises:
+        ValueError: if the checkpoint holds no moving average.
+    """
+    config = load_config(checkpoint / "config.yaml")
+    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    base, replica = ("average", "replica_average") if average else ("master", "replica_master")
+    if not any(name.startswith(f"{base}/") for name in stored):
+        raise ValueError(f"{checkpoint}: holds no moving average; train with train.ema_decay above 0")
+    classes = json.loads((checkpoint / "train_state.json").read_text())["classes"]
+    model = build(config.model, classes, seed=config.seed)
+    buffers = {name for name, _ in model.named_buffers()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in buffers}
+    heads = attach(model, config.adapters, range(1), seed=config.seed)
+    tensors = {f"{base}/{name}": torch.empty(shape.numel()) for name, shape in heads.weight_shapes.items()}
+    tensors |= {f"{replica}/{name}": torch.empty(shape.numel()) for name, shape in heads.replica_shapes.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    state |= {f"{name}.weight": tensors[f"{base}/{name}"].view(shape) for name, shape in heads.weight_shapes.items()}
+    state |= {name: tensors[f"{replica}/{name}"].view(shape) for name, shape in heads.replica_shapes.items()}
+    return config, classes, state
+
+
+def timm_arguments(config: Config, classes: int) -> dict[str, object]:
+    """Arguments of `timm.create_model` besides the name."""
+    model = config.model
+    return {"img_size": model.image_size, "in_chans": model.channels, "num_classes": classes, **model.arguments}
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `lte-scale export`."""
+    _add_source(parser)
+    parser.add_argument("out", metavar="OUT", type=Path, help="file to write, .safetensors")
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `lte-scale eval`."""
+    _add_source(parser)
+    parser.add_argument("--data", help="validation shards (default: data.val of the run)")
+    parser.add_argument("--batch-size", type=int, default=256, help="images per forward pass")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="run directory (its newest checkpoint) or checkpoint")
+    parser.add_argument("--best", action="store_true", help="the run's checkpoint with the best eval_top1")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
+
+
+def _checkpoint(arguments: argparse.Namespace) -> Path:
+    return best_checkpoint(Path(arguments.source)) if arguments.best else resolve(arguments.source)
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Write the merged weights; prints how to load them."""
+    out: Path = arguments.out
+    if out.exists():
+        raise ValueError(f"{out}: exists; choose another file")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: there is no directory {out.parent}; create it first")
+    checkpoint = _checkpoint(arguments)
+    config, classes, state = load_merged(checkpoint, average=arguments.ema)
+    metadata = {"format": "pt", "model": config.model.name, "checkpoint": checkpoint.name}
+    temporary = out.with_name(f".tmp-{out.name}")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata)
+    temporary.rename(out)
+    words = "".join(f", {key}={value!r}" for key, value in timm_arguments(config, classes).items())
+    print(f"{out}: {sum(t.numel() for t in state.values()):,} values of {checkpoint}; load with")
+    print(f'timm.create_model("{config.model.name}", checkpoint_path="{out}"{words})')
+    return 0
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    """Print top-1 and top-5 of the merged weights in plain timm."""
+    checkpoint = _checkpoint(arguments)
+    config, classes, state = load_merged(checkpoint, average=arguments.ema)
+    model = timm.create_model(config.model.name, **timm_arguments(config, classes))
+    model.load_state_dict(state)
+    location = arguments.data or config.data.val
+    if not location:
+        raise ValueError(f"{checkpoint}: its configuration names no data.val; give validation shards with --data")
+    config = replace(config, data=replace(config.data, val=location))
+    figures = evaluate_alone(model.to(arguments.device), config, classes, arguments.batch_size)
+    print(
+        f"{checkpoint}: top-1 {figures['eval_top1']:.2%}  top-5 {figures['eval_top5']:.2%}  "
+        f"loss {figures['eval_loss']:.4f}"
+    )
+    return 0
+
+
+@torch.no_grad()
+def evaluate_alone(model: nn.Module, config: Config, classes: int, batch_size: int) -> dict[str, float]:
+    """Accuracy of a model on `data.val`, in this process, in the precision of the run."""
+    device = next(model.parameters()).device
+    index = open_index(config.data.val, allow_pipe=config.data.allow_pipe)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    model.eval()
+    for batch in evaluation_batches(
+        index, rank=0, world=1, batch_size=batch_size, image_size=config.model.image_size,
+        channels=config.model.channels, augment=config.augment, data=config.data, num_classes=classes,
+    ):  # fmt: skip
+        images, labels, valid = (t.to(device) for t in (batch.images, batch.labels, batch.valid))
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+            logits = model(images)
+        sums += score(logits, labels, valid)
+    return results(sums)
