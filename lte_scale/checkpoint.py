@@ -79,7 +79,9 @@ def check_writable(run_dir: Path) -> None:
         probe.write_text("written\n")
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"run_dir: cannot write {run_dir} ({error.strerror}); choose a directory you may write") from error
+        raise ValueError(
+            f"run_dir: cannot write {run_dir} ({error.strerror}); choose a directory you may write"
+        ) from error
 
 
 def whole_checkpoints(run_dir: Path) -> list[Path]:
@@ -104,7 +106,9 @@ def resolve(location: str) -> Path:
     if found := whole_checkpoints(path):
         return found[-1]
     siblings = whole_checkpoints(path.parent.parent)
-    hint = f"; the newest of its run is {siblings[-1]}" if siblings else "; name a run directory or one of its checkpoints"
+    hint = (
+        f"; the newest of its run is {siblings[-1]}" if siblings else "; name a run directory or one of its checkpoints"
+    )
     raise ValueError(f"{location}: no checkpoint{hint}")
 
 
@@ -114,7 +118,9 @@ def best_checkpoint(run_dir: Path) -> Path:
     Raises:
         ValueError: if none was evaluated.
     """
-    scored = [(top1, path) for path in whole_checkpoints(run_dir) if (top1 := _read_state(path).get("top1")) is not None]
+    scored = [
+        (top1, path) for path in whole_checkpoints(run_dir) if (top1 := _read_state(path).get("top1")) is not None
+    ]
     if not scored:
         raise ValueError(f"{run_dir}: no checkpoint with an evaluation; leave out --best")
     return max(scored)[1]

@@ -54,8 +54,13 @@ class Evaluator:
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         model.eval()
         for batch in evaluation_batches(
-            self.index, rank=topology.rank, world=topology.world_size, batch_size=config.evaluate.batch_size,
-            image_size=config.model.image_size, channels=config.model.channels, augment=config.augment,
+            self.index,
+            rank=topology.rank,
+            world=topology.world_size,
+            batch_size=config.evaluate.batch_size,
+            image_size=config.model.image_size,
+            channels=config.model.channels,
+            augment=config.augment,
             data=config.data,
         ):
             images, labels, valid = (

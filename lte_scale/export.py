@@ -71,7 +71,9 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="run directory (its newest checkpoint) or checkpoint")
+    parser.add_argument(
+        "source", metavar="RUN_OR_CHECKPOINT", help="run directory (its newest checkpoint) or checkpoint"
+    )
     parser.add_argument("--best", action="store_true", help="the run's checkpoint with the best eval_top1")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
 

@@ -50,12 +50,22 @@ class Merger:
     """
 
     def __init__(
-        self, heads: Heads, engine: Engine, collectives: Collectives, config: MergeConfig, base: BaseConfig,
-        *, ema_decay: float = 0.0,
+        self,
+        heads: Heads,
+        engine: Engine,
+        collectives: Collectives,
+        config: MergeConfig,
+        base: BaseConfig,
+        *,
+        ema_decay: float = 0.0,
     ) -> None:
         topology = collectives.topology
         self.heads, self.engine, self.collectives, self.config, self.topology = (
-            heads, engine, collectives, config, topology,
+            heads,
+            engine,
+            collectives,
+            config,
+            topology,
         )
         self.local_every = config.local_every or config.every
         self.two_level = self.local_every < config.every
@@ -66,8 +76,9 @@ class Merger:
         self.ownership = {name: self._ownership(name) for name in heads.linears}
         stack = 1 if self.resetless else config.every // self.local_every
         self.paths = {
-            name: choose_path(own.shape, self._rank(name), topology, scope=base.scope, merges_per_window=stack,
-                              asked=config.path)
+            name: choose_path(
+                own.shape, self._rank(name), topology, scope=base.scope, merges_per_window=stack, asked=config.path
+            )
             for name, own in self.ownership.items()
         }
         self.exchange = FactorExchange(heads, collectives)
@@ -227,14 +238,14 @@ class Merger:
             row[: part.numel()] = part
         return rows
 
-    def _publish(
-        self, bucket: Bucket, source: Mapping[str, Tensor], shards: Shards, *, fold: bool = True
-    ) -> None:
+    def _publish(self, bucket: Bucket, source: Mapping[str, Tensor], shards: Shards, *, fold: bool = True) -> None:
         """Write `source` (own parts) to where the forward pass reads it, less the folded product."""
         if self.refined:
             own = [source[name] for name in bucket.names]
             sizes = [self.ownership[name].part_size for name in bucket.names]
-            message = torch.cat([torch.nn.functional.pad(t, (0, s - t.numel())) for t, s in zip(own, sizes, strict=True)])
+            message = torch.cat(
+                [torch.nn.functional.pad(t, (0, s - t.numel())) for t, s in zip(own, sizes, strict=True)]
+            )
             rows = self.collectives.all_gather(message, self.collectives.peers, "merge_refresh").split(sizes, 1)
             for name, parts in zip(bucket.names, rows, strict=True):
                 lengths = [_length(part) for part in self.ownership[name].parts]

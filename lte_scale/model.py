@@ -135,7 +135,9 @@ def attach(model: nn.Module, config: AdaptersConfig, ids: range, *, seed: int) -
             linears[name] = replacement
             weight_shapes[name] = cast(Tensor, module.weight).shape
         model.set_submodule(name, replacement)
-    _check_patterns(config, [*linears, *(n for n, m in model.named_modules() if isinstance(m, ReplicaLinear | nn.Conv2d))])
+    _check_patterns(
+        config, [*linears, *(n for n, m in model.named_modules() if isinstance(m, ReplicaLinear | nn.Conv2d))]
+    )
     if layout.heads > 1:
         _give_bare_parameters_heads(model, layout)
         model.register_forward_pre_hook(_SamplesPerHead(layout))
@@ -162,9 +164,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _replacement(
-    name: str, module: nn.Module, config: AdaptersConfig, layout: Layout, seed: int
-) -> nn.Module | None:
+def _replacement(name: str, module: nn.Module, config: AdaptersConfig, layout: Layout, seed: int) -> nn.Module | None:
     if isinstance(module, nn.Linear | nn.Conv2d):
         return _linear_replacement(name, module, config, layout, seed)
     if isinstance(module, nn.LayerNorm | RmsNorm | nn.RMSNorm) and not isinstance(module, LayerNorm2d):

@@ -31,9 +31,7 @@ class HeadOptimizer:
             {"params": list(factors.values()), "peak": config.lr, "weight_decay": config.weight_decay},
             {"params": list(heads.replicas.values()), "peak": config.replica_lr, "weight_decay": 0.0},
         ]
-        self.adamw = torch.optim.AdamW(
-            groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-        )
+        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
         self.skipped_in_a_row = [0] * len(heads.ids)
 
     def step(self, losses: Tensor, rate: Callable[[float], float] = lambda peak: peak) -> tuple[Tensor, list[bool]]:

@@ -48,8 +48,15 @@ class Recorder:
     """
 
     def __init__(
-        self, config: MetricsConfig, run_dir: Path, collectives: Collectives, schedule: Schedule, *,
-        heads: int, device: torch.device, flops_per_image: int,
+        self,
+        config: MetricsConfig,
+        run_dir: Path,
+        collectives: Collectives,
+        schedule: Schedule,
+        *,
+        heads: int,
+        device: torch.device,
+        flops_per_image: int,
     ) -> None:
         self.config, self.collectives, self.schedule = config, collectives, schedule
         self.device, self.flops_per_image = device, flops_per_image

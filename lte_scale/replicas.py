@@ -17,7 +17,9 @@ class ReplicaMerger:
     def __init__(self, heads: Heads, collectives: Collectives, config: MergeConfig, ema_decay: float) -> None:
         self.heads, self.collectives = heads, collectives
         self.outer = Outer(config, ema_decay)
-        self.outer.masters = {name: p.detach().view(len(heads.ids), -1)[0].clone() for name, p in heads.replicas.items()}
+        self.outer.masters = {
+            name: p.detach().view(len(heads.ids), -1)[0].clone() for name, p in heads.replicas.items()
+        }
         self.outer.start_average()
 
     @torch.no_grad()

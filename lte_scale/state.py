@@ -65,7 +65,12 @@ class Schedule:
         """Learning rate of optimizer step `step` for a peak rate."""
         s = self.config.schedule
         return lr_at(
-            step, name=s.name, peak=peak, total=self.total, warmup=self.warmup, decay=self.decay,
+            step,
+            name=s.name,
+            peak=peak,
+            total=self.total,
+            warmup=self.warmup,
+            decay=self.decay,
             final_ratio=s.final_ratio,
         )
 

@@ -41,10 +41,18 @@ class Trainer:
         classes = config.model.num_classes or index.num_classes
         self.schedule = Schedule.of(config, index.samples, topology.heads)
         self.stream = TrainStream(
-            index, heads=topology.my_heads, total_heads=topology.heads, member=topology.head_member,
-            members=topology.ranks_per_head, batch_size=config.train.batch_size, seed=config.seed,
-            image_size=config.model.image_size, channels=config.model.channels, num_classes=classes,
-            augment=config.augment, data=config.data,
+            index,
+            heads=topology.my_heads,
+            total_heads=topology.heads,
+            member=topology.head_member,
+            members=topology.ranks_per_head,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            image_size=config.model.image_size,
+            channels=config.model.channels,
+            num_classes=classes,
+            augment=config.augment,
+            data=config.data,
         )
         lte = assemble(config, classes, collectives, device)
         self.engine, self.heads, self.merger, self.optimizer = lte.engine, lte.heads, lte.merger, lte.optimizer
@@ -52,8 +60,13 @@ class Trainer:
         self.evaluator = Evaluator(config, collectives, device, self.autocast)
         self.checkpoints = Checkpoints(Path(config.run_dir), config.checkpoint, collectives)
         self.recorder = Recorder(
-            config.metrics, Path(config.run_dir), collectives, self.schedule, heads=len(self.heads.ids),
-            device=device, flops_per_image=lte.flops_per_image,
+            config.metrics,
+            Path(config.run_dir),
+            collectives,
+            self.schedule,
+            heads=len(self.heads.ids),
+            device=device,
+            flops_per_image=lte.flops_per_image,
         )
         coupled = config.base.scope == "global" and config.base.gather == "pass"
         self.preemption = Preemption(collectives, collectives.world if coupled else collectives.node)
@@ -184,7 +197,9 @@ class Trainer:
     def pieces(self) -> Pieces:
         """What a checkpoint holds besides `state`."""
         return Pieces(
-            heads=self.heads, merger=self.merger, optimizer=self.optimizer,
+            heads=self.heads,
+            merger=self.merger,
+            optimizer=self.optimizer,
             positions=dict.fromkeys(self.heads.ids, self.position),
         )
 

@@ -140,7 +140,9 @@ class Reference:
         policy = self.config.merge.optimizer_state
         for heads, adamw in zip(self.heads, self.optimizers, strict=True):
             for name, parameter in heads.parameters().items():
-                if policy == "reset" or (policy == "reset_b" and name in heads.factor_parameters() and name[-2:] == ".B"):
+                if policy == "reset" or (
+                    policy == "reset_b" and name in heads.factor_parameters() and name[-2:] == ".B"
+                ):
                     adamw.state.pop(parameter, None)
 
 

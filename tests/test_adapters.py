@@ -13,8 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lte_scale.adapters import Layout, LTELinear, LTEPatchConv, lte_linear_reference
 from lte_scale.collectives import Collectives
-from lte_scale.config.schema import AdaptersConfig, BaseConfig, Config, EngineConfig, MergeConfig, ModelConfig, TrainConfig
-from lte_scale.engines.build import build_engine
+from lte_scale.config.schema import (
+    AdaptersConfig,
+    BaseConfig,
+    Config,
+    EngineConfig,
+    MergeConfig,
+    ModelConfig,
+    TrainConfig,
+)
+from lte_scale.assemble import assemble
 from lte_scale.exchange import product
 from lte_scale.merge import Merger
 from lte_scale.model import Heads, attach, build
@@ -36,9 +44,15 @@ def _seed() -> Iterator[None]:
     yield
 
 
-def layer(heads: int, *, mode: str = "reset", bias: bool = True, out: int = 5, into: int = 7, rank: int = 3) -> LTELinear:
+def layer(
+    heads: int, *, mode: str = "reset", bias: bool = True, out: int = 5, into: int = 7, rank: int = 3
+) -> LTELinear:
     made = LTELinear(
-        Layout(heads), (out, into), rank=rank, scale=1.5, mode="reset" if mode == "reset" else "resetless",
+        Layout(heads),
+        (out, into),
+        rank=rank,
+        scale=1.5,
+        mode="reset" if mode == "reset" else "resetless",
         bias=torch.randn(out) if bias else None,
     )
     made.weight = nn.Parameter(torch.randn(out, into), requires_grad=False)
@@ -62,7 +76,9 @@ def test_linear_is_its_specification(heads: int, mode: str, bias: bool) -> None:
     inputs = [x, made.A, made.B]
     weights = torch.randn_like(y)
     for got, want in zip(
-        torch.autograd.grad((y * weights).sum(), inputs), torch.autograd.grad((wanted * weights).sum(), inputs), strict=True
+        torch.autograd.grad((y * weights).sum(), inputs),
+        torch.autograd.grad((wanted * weights).sum(), inputs),
+        strict=True,
     ):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert made.weight.grad is None
@@ -92,13 +108,9 @@ def test_patch_convolution_is_the_convolution() -> None:
 
 
 def single(heads: int, config: Config = SINGLE, first: int = 0) -> tuple[nn.Module, Heads, Merger]:
-    topology = Topology(heads_per_node=heads)
-    collectives = Collectives(topology)
-    model = build(config.model, CLASSES, seed=0)
-    attached = attach(model, config.adapters, range(first, first + heads), seed=0)
-    engine = build_engine(model, attached, config, collectives, torch.device("cpu"))
-    merger = Merger(attached, engine, collectives, config.merge, BaseConfig())
-    return engine.model, attached, merger
+    collectives = Collectives(Topology(nodes=first + 1, heads_per_node=heads, rank=first) if first else Topology(heads_per_node=heads))
+    lte = assemble(config, CLASSES, collectives, torch.device("cpu"))
+    return lte.model, lte.heads, lte.merger
 
 
 def randomise(heads: Heads) -> None:
@@ -248,8 +260,12 @@ def test_rank_and_dense_by_pattern() -> None:
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("deit3_small_patch16_224", 224), ("eva02_tiny_patch14_224", 224), ("vit_small_patch16_rope_224", 224),
-     ("beit_base_patch16_224", 224)],
+    [
+        ("deit3_small_patch16_224", 224),
+        ("eva02_tiny_patch14_224", 224),
+        ("vit_small_patch16_rope_224", 224),
+        ("beit_base_patch16_224", 224),
+    ],
 )
 def test_other_vision_transformers_learn_through_every_parameter(name: str, size: int) -> None:
     config = replace(SINGLE, model=ModelConfig(name=name, image_size=size))

@@ -191,7 +191,11 @@ def test_the_command_line_prints_one_line_and_exits_2(capsys: pytest.CaptureFixt
 def test_any_text_is_a_configuration_or_an_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.mktemp("fuzz") / "fuzz.yaml"
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
-    for attempt in (lambda: load_config(path), lambda: load_config(None, [text]), lambda: load_config(None, [f"seed={text}"])):
+    for attempt in (
+        lambda: load_config(path),
+        lambda: load_config(None, [text]),
+        lambda: load_config(None, [f"seed={text}"]),
+    ):
         try:
             assert isinstance(attempt(), Config)
         except ConfigError as error:

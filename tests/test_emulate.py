@@ -46,7 +46,18 @@ def script(tmp_path: Path) -> Path:
 
 
 def start(script: Path, *words: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    command = [sys.executable, str(EMULATE), "--nodes", "2", "--ranks-per-node", "2", *options, "--", str(script), *words]
+    command = [
+        sys.executable,
+        str(EMULATE),
+        "--nodes",
+        "2",
+        "--ranks-per-node",
+        "2",
+        *options,
+        "--",
+        str(script),
+        *words,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -16,7 +16,19 @@ LAYERS: dict[int, set[str]] = {
     3: {"archive", "augment", "damage", "data", "index", "loader", "order", "reading", "shards", "sources"},
     4: {"engines", "optim"},
     5: {"merge", "evaluate", "checkpoint", "metrics", "report", "preemption"},
-    6: {"assemble", "trainer", "recorder", "state", "launch", "plan", "estimate", "export", "cli", "__main__", "__init__"},
+    6: {
+        "assemble",
+        "trainer",
+        "recorder",
+        "state",
+        "launch",
+        "plan",
+        "estimate",
+        "export",
+        "cli",
+        "__main__",
+        "__init__",
+    },
 }
 # Parts of a module of the fifth layer, which it alone and later layers may import.
 PARTS = {

@@ -66,7 +66,9 @@ def _merge_and_base(config: Config) -> None:
             f"them; use merge.local_every={merge.every} or base.scope=node"
         )
     if base.scope == "node" and base.gather == "node":
-        raise ConfigError("base.gather: 'node' is for base.scope 'global'; with 'node' it is what base.gather=pass does")
+        raise ConfigError(
+            "base.gather: 'node' is for base.scope 'global'; with 'node' it is what base.gather=pass does"
+        )
     if merge.outer == "average" and (merge.outer_lr != 1.0 or merge.outer_momentum != 0.9):
         raise ConfigError(
             f"merge.outer_lr, merge.outer_momentum: {merge.outer_lr:g}, {merge.outer_momentum:g} have no meaning for "

@@ -95,7 +95,9 @@ def _replaced(section: Any, keys: list[str], prefix: str, value: Any) -> Any:
                 new = _replaced(new, [str(key)], name + ".", item)
     elif len(keys) > 1:
         if not isinstance(current, Mapping):
-            raise ConfigError(f"{'.'.join([name, *keys[1:]])}: {name} is a value, not a section; write {name}={_said(value)}")
+            raise ConfigError(
+                f"{'.'.join([name, *keys[1:]])}: {name} is a value, not a section; write {name}={_said(value)}"
+            )
         new = _value(field, {**current, ".".join(keys[1:]): value}, name, "")
     else:
         new = _value(field, value, name, "")
@@ -127,9 +129,10 @@ def _field(kind: type[Any], key: str, prefix: str, value: Any, where: str) -> da
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if key in fields:
         return fields[key]
-    near = difflib.get_close_matches(key, fields, n=1) or [
-        path for path in _all_keys(Config) if path.rpartition(".")[2] == key
-    ][:1]
+    near = (
+        difflib.get_close_matches(key, fields, n=1)
+        or [path for path in _all_keys(Config) if path.rpartition(".")[2] == key][:1]
+    )
     suggestion = ""
     if near:
         suggestion = f"; did you mean {near[0] if '.' in near[0] else prefix + near[0]}?"

@@ -76,7 +76,8 @@ class BaseConfig:
     """The frozen dense weights: how they are sharded and gathered."""
 
     scope: str = option(
-        "node", "node: sharded inside a node, one copy per node; global: sharded over all ranks of all nodes.",
+        "node",
+        "node: sharded inside a node, one copy per node; global: sharded over all ranks of all nodes.",
         one_of=("node", "global"),
     )
     gather: str = option(
@@ -109,11 +110,13 @@ class MergeConfig:
     outer_lr: float = option(1.0, "Learning rate of the Nesterov outer optimizer.", above=0)
     outer_momentum: float = option(0.9, "Momentum of the Nesterov outer optimizer.", least=0, most=0.9999)
     weight_decay: float = option(
-        0.0, "Decoupled decay of the master: a window multiplies it by 1 - weight_decay * (sum of its learning rates).",
+        0.0,
+        "Decoupled decay of the master: a window multiplies it by 1 - weight_decay * (sum of its learning rates).",
         least=0,
     )
     optimizer_state: str = option(
-        "keep", "The heads' optimizer state at a merge: kept, all reset, or that of B alone reset.",
+        "keep",
+        "The heads' optimizer state at a merge: kept, all reset, or that of B alone reset.",
         one_of=("keep", "reset", "reset_b"),
     )
     bucket_mb: float = option(64.0, "Upper size of one exchanged message, in MB, unless one layer is larger.", above=0)
@@ -151,7 +154,8 @@ class TrainConfig:
     batch_size: int = option(128, "Images per head and micro-step; ranks that share a head share it.", least=1)
     accumulate: int = option(1, "Micro-steps per optimizer step.", least=1)
     precision: str = option(
-        "bf16", "bf16: autocast and bf16 compute copies over fp32 masters; fp32: everything in fp32.",
+        "bf16",
+        "bf16: autocast and bf16 compute copies over fp32 masters; fp32: everything in fp32.",
         one_of=("bf16", "fp32"),
     )
     compile: bool = option(False, "torch.compile every transformer block.")
@@ -220,8 +224,12 @@ class MetricsConfig:
     """Progress, metrics.jsonl and the Prometheus endpoint."""
 
     every: int = option(10, "Steps between records.", least=1)
-    port: int = option(0, "Port of the Prometheus endpoint of each node; 0 is off; a port in use moves on to the next.",
-                       least=0, most=65535)
+    port: int = option(
+        0,
+        "Port of the Prometheus endpoint of each node; 0 is off; a port in use moves on to the next.",
+        least=0,
+        most=65535,
+    )
     address: str = option("127.0.0.1", "Address the endpoint listens on.")
     peak_tflops: float = option(0.0, "Peak of one accelerator in TFLOP/s, for MFU; 0 looks its name up.", least=0)
 
