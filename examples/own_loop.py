@@ -1,6 +1,6 @@
 """LTE in a loop of your own: four heads in one process learn scikit-learn's handwritten digits.
 
-    python examples/own_loop.py
+python examples/own_loop.py
 """
 
 from __future__ import annotations
@@ -22,9 +22,18 @@ held_out = torch.ones(len(labels), dtype=torch.bool).index_fill(0, train, False)
 
 config = load_config(
     None,
-    ["engine=none", "topology.heads_per_node=4", "merge.every=5", "adapters.rank=16", "adapters.alpha=64",
-     "model.image_size=8", "model.channels=1", "optimizer.lr=2e-3", "optimizer.replica_lr=5e-3",
-     "model.arguments={patch_size: 2, embed_dim: 64, depth: 4, num_heads: 4}"],
+    [
+        "engine=none",
+        "topology.heads_per_node=4",
+        "merge.every=5",
+        "adapters.rank=16",
+        "adapters.alpha=64",
+        "model.image_size=8",
+        "model.channels=1",
+        "optimizer.lr=2e-3",
+        "optimizer.replica_lr=5e-3",
+        "model.arguments={patch_size: 2, embed_dim: 64, depth: 4, num_heads: 4}",
+    ],
 )
 lte = adapt(config, num_classes=10)
 for step in range(1, STEPS + 1):
@@ -33,7 +42,8 @@ for step in range(1, STEPS + 1):
         logits = lte.model(images[batch]).float()
     losses = F.cross_entropy(logits, labels[batch], reduction="none").view(4, BATCH).mean(1)
     losses.sum().backward()
-    lte.optimizer.step(losses.detach(), lambda peak: peak * (1 - step / STEPS) + 1e-5)
+    decay = 1 - step / (STEPS + 1)
+    lte.optimizer.step(losses.detach(), rate=decay.__mul__)
     if lte.merger.due(step):
         lte.merger.merge(step)
 with torch.no_grad(), lte.merged() as model:

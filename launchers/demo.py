@@ -1,6 +1,6 @@
-"""The demo: shards, two emulated nodes, an interruption, the resumed run, a picture, and the merged model in plain timm.
+"""The demo: shards, two emulated nodes, an interruption, the resumed run, the merged model in timm, a picture.
 
-    make demo
+make demo
 """
 
 from __future__ import annotations

@@ -212,7 +212,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, required=True, metavar="K", help="number of nodes")
     parser.add_argument("--ranks-per-node", type=int, required=True, metavar="G", help="ranks of each node")
-    parser.add_argument("--link-mbit", type=float, metavar="M", help="throttle each node's link (needs root, ip and tc)")
+    parser.add_argument(
+        "--link-mbit", type=float, metavar="M", help="throttle each node's link (needs root, ip and tc)"
+    )
     parser.add_argument("command", nargs="+", metavar="-- COMMAND", help="train CONFIG [key=value ...]")
     arguments = parser.parse_args(words)
     if arguments.nodes < 1 or arguments.ranks_per_node < 1:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -190,4 +190,4 @@ class PerSample(nn.Module):
 
     def right_inverse(self, value: Tensor) -> Tensor:
         per_head = value if self.token else value.unsqueeze(0)
-        return cast(Tensor, per_head.expand(self.layout.heads, *per_head.shape[1:]).clone())
+        return per_head.expand(self.layout.heads, *per_head.shape[1:]).clone()

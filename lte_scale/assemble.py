@@ -1,4 +1,4 @@
-"""From a configuration to a model with heads, sharded, with its merge and optimizer: the order is written here, once."""
+"""From a configuration to a sharded model with heads, its merge and its optimizer: the order is written here, once."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -40,9 +41,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from lte_scale.collectives import Collectives
 from lte_scale.config.schema import CheckpointConfig
@@ -135,6 +138,7 @@ class Checkpoints:
         world = collectives.topology.world_size
         # Its own group: a background save must not mix its messages with the training's.
         self.group = dist.new_group(list(range(world)), backend="gloo") if world > 1 else None
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a world of one needs no group
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
         if self.first:
@@ -161,7 +165,7 @@ class Checkpoints:
     def _write(self, path: Path, tensors: Tensors, state: dict[str, Any], config_text: str) -> None:
         temporary = path.with_name(f".tmp-{path.name}")
         try:
-            dcp.save(tensors, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None)
+            dcp_save(tensors, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None)
             if self.first:
                 (temporary / "train_state.json").write_text(json.dumps(state, indent=2) + "\n")
                 (temporary / "config.yaml").write_text(config_text)
@@ -234,7 +238,7 @@ class Checkpoints:
         topology = self.collectives.topology
         same_place = state["topology"] == {**asdict(topology), "rank": 0}
         same_heads = state["heads"] == topology.heads
-        metadata = dcp.FileSystemReader(path).read_metadata()
+        metadata = FileSystemReader(path).read_metadata()
         merger = pieces.merger
         with torch.no_grad(), merger.editable() as shards:
             _check_model(metadata, pieces, path)
@@ -242,7 +246,7 @@ class Checkpoints:
             chosen = {n: t for n, t in wanted.items() if _carries_over(n, same_place=same_place, same_heads=same_heads)}
             self._drop_what_is_missing(chosen, metadata, path)
             staged = {name: _copied(value) for name, value in chosen.items()}
-            dcp.load(staged, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
+            dcp_load(staged, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
             late = {n for n in staged if n.startswith(("node/", "product/"))}
             _copy_in({n: t for n, t in staged.items() if n not in late}, chosen)
         self._load_history(path, metadata, pieces, same_place)
@@ -279,7 +283,7 @@ class Checkpoints:
             stored = metadata.state_dict_metadata[name]
             assert isinstance(stored, TensorStorageMetadata)
             found[name] = torch.empty(stored.size)
-        dcp.load(found, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
+        dcp_load(found, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
         device = next(iter(pieces.heads.parameters().values())).device
         for number, bucket in enumerate(pieces.merger.buckets):
             mine = sorted(n for n in found if n.startswith(f"{prefix}{number:04d}/"))
@@ -344,7 +348,7 @@ def _copy_in(source: Tensors, target: Tensors) -> None:
     for name, value in source.items():
         into = target[name]
         if isinstance(value, FlatPart) and isinstance(into, FlatPart):
-            into.values.copy_(value.values)
+            into.part.copy_(value.part)
         else:
             into.copy_(value)
 
@@ -376,7 +380,7 @@ def _check_model(metadata: Metadata, pieces: Pieces, path: Path) -> None:
         name = differing[0]
         raise ValueError(
             f"{path}: is of another model or rank: {name} has {stored.get(name, 'no')} values there and "
-            f"{wanted.get(name, 'none')} here ({len(differing)} such tensors); set run_dir to a new directory or resume=never"
+            f"{wanted.get(name, 'none')} here ({len(differing)} such tensors); set another run_dir, or resume=never"
         )
 
 

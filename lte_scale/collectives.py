@@ -97,7 +97,7 @@ class Collectives:
         process_group = None
         if dist.is_initialized() and len(mine) > (0 if sharding else 1):
             for ranks in partition:
-                created = dist.new_group(list(ranks), timeout=timeout)
+                created = cast("dist.ProcessGroup", dist.new_group(list(ranks), timeout=timeout))
                 if tuple(ranks) == mine:
                     process_group = created
         successor = mine[(mine.index(topology.rank) + 1) % len(mine)]
@@ -172,5 +172,4 @@ class _CountedAllGather(AllGather):
         if self.group.size > 1:
             sent = all_gather_bytes(self.group.size, input_tensor.nbytes)
             self.collectives._count(self.group, self.purpose, sent)
-        work = dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
-        return cast("dist.Work | None", work)
+        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lte_scale.collectives import Collectives
 from lte_scale.config.schema import Config
 from lte_scale.data import ShardIndex, evaluation_batches, open_index
+from lte_scale.log import log
 
 
 def score(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
@@ -39,9 +40,15 @@ class Evaluator:
     """Evaluates on the run's validation shards; every rank takes its part and runs as many passes as any other."""
 
     def __init__(
-        self, config: Config, collectives: Collectives, device: torch.device, autocast: AbstractContextManager[object]
+        self,
+        config: Config,
+        classes: int,
+        collectives: Collectives,
+        device: torch.device,
+        autocast: AbstractContextManager[object],
     ) -> None:
-        self.config, self.collectives, self.device, self.autocast = config, collectives, device, autocast
+        self.config, self.classes, self.collectives = config, classes, collectives
+        self.device, self.autocast = device, autocast
         self.index: ShardIndex | None = None
         if config.data.val:
             self.index = open_index(config.data.val, allow_pipe=config.data.allow_pipe)
@@ -62,7 +69,10 @@ class Evaluator:
             channels=config.model.channels,
             augment=config.augment,
             data=config.data,
+            num_classes=self.classes,
         ):
+            for name in batch.bad:
+                log.warning("evaluation: left out damaged %s", name)
             images, labels, valid = (
                 t.to(self.device, non_blocking=True) for t in (batch.images, batch.labels, batch.valid)
             )

@@ -7,12 +7,14 @@ import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from lte_scale.checkpoint import best_checkpoint, resolve
 from lte_scale.config import Config, load_config
@@ -31,7 +33,7 @@ def load_merged(checkpoint: Path, *, average: bool = False) -> tuple[Config, int
         ValueError: if the checkpoint holds no moving average.
     """
     config = load_config(checkpoint / "config.yaml")
-    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     base, replica = ("average", "replica_average") if average else ("master", "replica_master")
     if not any(name.startswith(f"{base}/") for name in stored):
         raise ValueError(f"{checkpoint}: holds no moving average; train with train.ema_decay above 0")
@@ -44,13 +46,13 @@ def load_merged(checkpoint: Path, *, average: bool = False) -> tuple[Config, int
     tensors |= {f"{replica}/{name}": torch.empty(shape.numel()) for name, shape in heads.replica_shapes.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+        dcp_load(tensors, checkpoint_id=checkpoint, no_dist=True)
     state |= {f"{name}.weight": tensors[f"{base}/{name}"].view(shape) for name, shape in heads.weight_shapes.items()}
     state |= {name: tensors[f"{replica}/{name}"].view(shape) for name, shape in heads.replica_shapes.items()}
     return config, classes, state
 
 
-def timm_arguments(config: Config, classes: int) -> dict[str, object]:
+def timm_arguments(config: Config, classes: int) -> dict[str, Any]:
     """Arguments of `timm.create_model` besides the name."""
     model = config.model
     return {"img_size": model.image_size, "in_chans": model.channels, "num_classes": classes, **model.arguments}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _get_default_store
 
 from lte_scale import log as logs
 from lte_scale.checkpoint import check_writable
@@ -20,6 +23,7 @@ from lte_scale.topology import Topology, from_environment
 from lte_scale.trainer import Trainer, TrainingError
 
 REFUSED, FAILED = 2, 3
+_REFUSAL = "lte/refusal"
 _TIMEOUT = timedelta(minutes=10)
 
 
@@ -34,7 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Check all that can be checked before a process group, file or accelerator is touched; then train.
 
     Returns 0, 2 if the run is refused, 3 if it failed for good after saving, or 128 + the signal that ended it.
-    What is refused is refused by all ranks alike: rank 0 alone says why.
     """
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -44,13 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
         topology = from_environment(config.topology.heads_per_node)
         check_training(config)
         check_topology(config, topology.nodes, topology.ranks_per_node)
-        device = _device(config, topology)
-        if topology.rank == 0:
-            check_writable(Path(config.run_dir))
     except ValueError:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if int(os.environ.get("RANK", "0")) == 0:  # all ranks read the same configuration
             raise
         return REFUSED
+    device = _device(config, topology)
+    if topology.rank == 0:
+        check_writable(Path(config.run_dir))
     return train(config, topology, device)
 
 
@@ -61,23 +64,35 @@ def train(config: Config, topology: Topology, device: torch.device) -> int:
     try:
         logs.setup(topology.rank, run_dir, node=topology.node)
         collectives = Collectives(topology, timeout_seconds=_TIMEOUT.total_seconds())
-        try:
-            trainer = Trainer(config, collectives, device)
-        except ValueError:
-            if topology.rank == 0:
-                raise
-            return REFUSED
-        with trainer:
+        with ExitStack() as stack:
+            try:
+                trainer = stack.enter_context(Trainer(config, collectives, device))
+                trainer.resume()
+            except ValueError as error:
+                if topology.rank == 0:
+                    _get_default_store().set(_REFUSAL, str(error))
+                if topology.rank == 0 or not _said_by_rank_0(error):
+                    raise
+                return REFUSED
             if topology.rank == 0:
                 (run_dir / "config.yaml").write_text(dump(config))
                 _announce(config, topology, device)
-            trainer.resume()
             return trainer.run()
     except TrainingError as error:
         print(f"lte-scale: {error}", file=sys.stderr)
         return FAILED
     finally:
         dist.destroy_process_group()
+
+
+def _said_by_rank_0(error: ValueError) -> bool:
+    """Whether rank 0 is refused for the same reason, so that one line is enough."""
+    store = _get_default_store()
+    try:
+        store.wait([_REFUSAL], timedelta(seconds=5))
+    except RuntimeError:  # rank 0 has nothing to say, or is gone
+        return False
+    return store.get(_REFUSAL).decode() == str(error)
 
 
 def _device(config: Config, topology: Topology) -> torch.device:
@@ -101,7 +116,7 @@ def _init_process_group(topology: Topology, device: torch.device) -> None:
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     else:  # a plain python process: a world of one
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=topology.world_size)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=topology.world_size)
 
 
 def _announce(config: Config, topology: Topology, device: torch.device) -> None:

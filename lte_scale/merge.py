@@ -227,7 +227,7 @@ class Merger:
         padded = torch.cat([self._padded(name, change) for name, change in changes.items()], 1)
         total = self.collectives.reduce_scatter(padded, peers, "merge_dense") / nodes
         sizes = [self.ownership[name].part_size for name in changes]
-        own = {name: part for name, part in zip(changes, total.split(sizes), strict=True)}
+        own = dict(zip(changes, total.split(sizes), strict=True))
         return {name: part[: _length(self.ownership[name].own)] for name, part in own.items()}
 
     def _padded(self, name: str, change: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.layers import LayerNorm2d, RmsNorm
+from timm.layers.norm import LayerNorm2d, RmsNorm
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -65,7 +65,7 @@ class Heads:
 
 
 def build(config: ModelConfig, num_classes: int, *, seed: int) -> nn.Module:
-    """The timm model with the weights of its linear and convolution layers on the meta device, the rest as timm draws it.
+    """The timm model, its linear and convolution weights on the meta device, all else as timm draws it.
 
     Raises:
         ValueError: for a name timm does not know, or arguments that the model does not take.
@@ -84,12 +84,12 @@ def build(config: ModelConfig, num_classes: int, *, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]), _dense_weights_on_meta():
             torch.manual_seed(seed)
             try:
-                return cast(nn.Module, timm.create_model(config.name, pretrained=False, **arguments))
+                return timm.create_model(config.name, pretrained=False, **arguments)
             except TypeError as error:  # models of any image size take no img_size
                 if "'img_size'" not in str(error):
                     raise
                 del arguments["img_size"]
-                return cast(nn.Module, timm.create_model(config.name, pretrained=False, **arguments))
+                return timm.create_model(config.name, pretrained=False, **arguments)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
         raise ValueError(f"model: timm cannot build {config.name} with {given}: {error}") from error
@@ -273,5 +273,5 @@ def _timm_shape(parameter: nn.Parameter, heads: int, model: nn.Module, name: str
         return parameter.shape[1:]
     if heads == 1:
         return parameter.shape
-    token = getattr(owner, "parametrizations")[name.rpartition(".")[2]][0].token
+    token = cast(Any, owner).parametrizations[name.rpartition(".")[2]][0].token
     return torch.Size((1, *parameter.shape[1:])) if token else parameter.shape[1:]

@@ -57,7 +57,7 @@ class Trainer:
         lte = assemble(config, classes, collectives, device)
         self.engine, self.heads, self.merger, self.optimizer = lte.engine, lte.heads, lte.merger, lte.optimizer
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
-        self.evaluator = Evaluator(config, collectives, device, self.autocast)
+        self.evaluator = Evaluator(config, classes, collectives, device, self.autocast)
         self.checkpoints = Checkpoints(Path(config.run_dir), config.checkpoint, collectives)
         self.recorder = Recorder(
             config.metrics,
@@ -101,7 +101,7 @@ class Trainer:
                 lr = schedule.lr(self.config.optimizer.lr, state.step)
                 self.recorder.record(state, lr, everywhere=everywhere, evaluation=results)
             if due(state.step, schedule.checkpoint, schedule.total) or stopping:
-                self.save(top1=results and results["eval_top1"], wait=last or stopping)
+                self.save(top1=results["eval_top1"] if results else None, wait=last or stopping)
             self.checkpoints.poll()
             if stopping:
                 if self.preemption.reason:

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from typing import Any
+from typing import Any, cast
 
 
 def free_port() -> int:
@@ -57,8 +57,8 @@ class DistributedPool:
             if not ready:
                 self.close()
                 raise DistributedError(f"ranks {sorted(waiting.values())} did not end within {timeout} s")
-            for pipe in ready:
-                assert isinstance(pipe, Connection)
+            for end in ready:
+                pipe = cast(Connection, end)
                 rank = waiting.pop(pipe)
                 try:
                     failed, result = pipe.recv()

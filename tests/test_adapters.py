@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -12,17 +11,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lte_scale.adapters import Layout, LTELinear, LTEPatchConv, lte_linear_reference
+from lte_scale.assemble import assemble
 from lte_scale.collectives import Collectives
 from lte_scale.config.schema import (
     AdaptersConfig,
-    BaseConfig,
     Config,
     EngineConfig,
     MergeConfig,
     ModelConfig,
     TrainConfig,
 )
-from lte_scale.assemble import assemble
 from lte_scale.exchange import product
 from lte_scale.merge import Merger
 from lte_scale.model import Heads, attach, build
@@ -39,9 +37,8 @@ SINGLE = Config(
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
+def _seed() -> None:
     torch.manual_seed(0)
-    yield
 
 
 def layer(
@@ -108,7 +105,8 @@ def test_patch_convolution_is_the_convolution() -> None:
 
 
 def single(heads: int, config: Config = SINGLE, first: int = 0) -> tuple[nn.Module, Heads, Merger]:
-    collectives = Collectives(Topology(nodes=first + 1, heads_per_node=heads, rank=first) if first else Topology(heads_per_node=heads))
+    nodes = first + 1  # this process is the last of them
+    collectives = Collectives(Topology(nodes=nodes, heads_per_node=heads, rank=first))
     lte = assemble(config, CLASSES, collectives, torch.device("cpu"))
     return lte.model, lte.heads, lte.merger
 
@@ -236,7 +234,7 @@ def test_what_cannot_be_adapted_is_refused_by_name(name: str, heads: int, messag
 
 
 def test_batch_normalisation_is_refused() -> None:
-    with pytest.raises(ValueError, match="layer bn1 is a .*running statistics"):
+    with pytest.raises(ValueError, match=r"layer bn1 is a .*running statistics"):
         attach(build(ModelConfig(name="resnet18"), 10, seed=0), AdaptersConfig(dense=["*conv*"]), range(1), seed=0)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from lte_scale.config.schema import Config, MergeConfig, OptimizerConfig, TrainConfig
@@ -21,7 +23,7 @@ def test_shapes_after_the_warm_up() -> None:
     cosine = rates("cosine")
     assert cosine[-1] == pytest.approx(0.1)
     assert cosine[54] == pytest.approx(0.55)
-    assert all(a >= b for a, b in zip(cosine[10:], cosine[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(cosine[10:]))
     wsd = rates("wsd")
     assert wsd[10:80] == [1.0] * 70
     assert wsd[-1] == pytest.approx(0.1)

@@ -106,11 +106,9 @@ def _model_and_data(config: Config) -> None:
         near = difflib.get_close_matches(config.resume, ["auto", "never"], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"resume: {config.resume!r}; allowed: auto, never, or a path such as runs/x{hint}")
-    if not config.metrics.address or any(c.isspace() or c in "/:" for c in config.metrics.address.strip("[]")):
-        if ":" not in config.metrics.address or any(c.isspace() or c == "/" for c in config.metrics.address):
-            raise ConfigError(
-                f"metrics.address: {config.metrics.address!r}; allowed: an address or host name, such as 127.0.0.1"
-            )
+    address = config.metrics.address
+    if not address or any(c.isspace() or c == "/" for c in address) or address.count(":") == 1:
+        raise ConfigError(f"metrics.address: {address!r}; allowed: an address or host name without port, as 127.0.0.1")
 
 
 def check_training(config: Config) -> None:

@@ -1,11 +1,10 @@
-"""YAML files and `a.b=c` overrides into a `Config`, strictly: what is not understood is an error that says what would be."""
+"""YAML files and `a.b=c` overrides into a `Config`, strictly: an error says what would have been understood."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import math
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -173,7 +172,7 @@ def _value(field: dataclasses.Field[Any], value: Any, name: str, where: str) -> 
     if one_of is not None and converted not in one_of:
         refuse(", ".join(map(str, one_of)))
     if isinstance(converted, int | float) and not isinstance(converted, bool):
-        low = least is not None and converted < least or above is not None and converted <= above
+        low = (least is not None and converted < least) or (above is not None and converted <= above)
         if low or (most is not None and converted > most) or not math.isfinite(converted):
             refuse(bounds(field))
     return converted

@@ -80,7 +80,7 @@ CASES = [
 def test_resumed_is_uninterrupted_bit_for_bit(
     pool4: DistributedPool, tmp_path: Path, case: tuple[str, int, tuple[str, str], str, int, str]
 ) -> None:
-    config = with_average(configuration(*case))
+    config = with_average(configuration(*case, every=4))
     ended = pool4.run(save, config, str(tmp_path), True)
     resumed = pool4.run(load, config, str(tmp_path))
     for rank, (whole, (tensors, state, positions)) in enumerate(zip(ended, resumed, strict=True)):
