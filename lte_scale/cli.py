@@ -34,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in words[:1]:
             getattr(import_module(module), add)(command)
             command.set_defaults(run=getattr(import_module(module), run))
-    arguments = parser.parse_args(words)
+    arguments, left = parser.parse_known_args(words)
+    # argparse takes no positional words after options, people write `plan CONFIG --nodes 8 merge.every=50`
+    if left and not (hasattr(arguments, "overrides") and all("=" in w and not w.startswith("-") for w in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        arguments.overrides = [*arguments.overrides, *left]
     try:
         return int(arguments.run(arguments))
     except ValueError as error:

@@ -164,6 +164,34 @@ def test_merge_is_the_papers_equation_in_float64(mode: str) -> None:
             assert not made.B.any()
 
 
+def test_weight_decay_takes_from_the_master_alone() -> None:
+    _, heads, merger = single(2)
+    randomise(heads)
+    made = heads.linears["blocks.0.mlp.fc1"]
+    wanted = 0.9 * made.weight + made.scale * torch.bmm(made.B, made.A).mean(0)
+    bias = made.bias.mean(0) if made.bias is not None else None
+    merger.merge(1, decay=0.1)
+    torch.testing.assert_close(made.weight, wanted)
+    assert bias is not None
+    torch.testing.assert_close(heads.replicas["blocks.0.mlp.fc1.bias"][1], bias)
+
+
+def test_the_moving_average_follows_the_master_at_merges() -> None:
+    config = replace(SINGLE, train=replace(SINGLE.train, ema_decay=0.75))
+    model, heads, merger = single(1, config)
+    made = heads.linears["head"]
+    average = made.weight.clone()
+    for step in (1, 2):
+        randomise(heads)
+        merger.merge(step)
+        average = 0.75 * average + 0.25 * made.weight
+    kept = made.weight.clone()
+    with merger.merged(average=True):
+        torch.testing.assert_close(made.weight, average)
+        model(torch.randn(5, 1, 28, 28))  # any number of samples: no head is active
+    assert torch.equal(made.weight, kept)
+
+
 def test_resetless_merge_changes_no_heads_function() -> None:
     """One head: what the merge adds to the base it takes from the forward pass."""
     model, heads, merger = single(1, replace(SINGLE, adapters=replace(SINGLE.adapters, mode="resetless")))

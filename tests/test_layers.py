@@ -32,6 +32,7 @@ LAYERS: dict[int, set[str]] = {
 }
 # Parts of a module of the fifth layer, which it alone and later layers may import.
 PARTS = {
+    "merge": {"checkpoint"},  # which saves the masters
     "exchange": {"merge", "traffic", "memory", "baselines"},
     "outer": {"merge", "replicas"},
     "replicas": {"merge"},

@@ -169,12 +169,13 @@ def test_one_process_to_a_model_that_timm_loads(
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("engine", ["none", "fsdp"])
 @pytest.mark.parametrize("option", ["train.compile=true", "train.checkpoint_activations=true"])
-def test_switches_do_not_change_what_is_learned(digits: Path, tmp_path: Path, option: str) -> None:
+def test_switches_do_not_change_what_is_learned(digits: Path, tmp_path: Path, option: str, engine: str) -> None:
     losses = []
     for number, extra in enumerate(([], [option])):
         run_dir = tmp_path / str(number)
-        words = command(digits, run_dir, *SMALL, "engine=none", "base.gather=pass", "model.drop_path=0",
+        words = command(digits, run_dir, *SMALL, f"engine={engine}", "base.gather=pass", "model.drop_path=0",
                         "merge={every: 2, local_every: 2}", "train.duration=4", "train.precision=fp32",
                         "data.workers=0", *extra)  # fmt: skip
         assert main(words) == 0

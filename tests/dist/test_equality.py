@@ -8,9 +8,10 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lte_scale.config.schema import AdaptersConfig, BaseConfig, Config, MergeConfig, OptimizerConfig, TopologyConfig, TrainConfig
-from tests.dist.equality import BATCH, Outcome, train
+from tests.dist.equality import BATCH, Outcome, Run, train
 from tests.harness import DistributedPool
 from tests.reference import TINY, Reference, head_batch
 
@@ -136,3 +137,40 @@ def test_all_ranks_agree_bit_for_bit(pool4: DistributedPool) -> None:
                 other_start, _, other = outcomes[second].parts[name]
                 assert start == other_start
                 assert torch.equal(values, other), name
+
+
+class Products(TorchDispatchMode):
+    """Sizes of all matrix products within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default):
+            self.sizes.add(out.numel())
+        return out
+
+
+def merge_products(rank: int, config: Config) -> tuple[set[int], set[int], set[int]]:
+    """Sizes of the products of a merge, of the parts this rank owns, and of the whole weights."""
+    run = Run(config)
+    run.step(1)
+    with Products() as products:
+        run.merger.merge(EVERY)
+    parts = {sum(stop - start for start, stop in own.parts) for own in run.merger.ownership.values()}
+    single = {stop - start for own in run.merger.ownership.values() for start, stop in own.parts}
+    return products.sizes, parts | single, {layer.B.shape[1] * layer.A.shape[2] for layer in run.heads.linears.values()}
+
+
+@pytest.mark.parametrize("place", [PLACES[0], PLACES[1], PLACES[2]])
+@pytest.mark.parametrize("path", ["factor", "dense"])
+def test_no_rank_forms_more_than_its_part_of_a_delta(
+    pool4: DistributedPool, place: tuple[str, str], path: str
+) -> None:
+    config = configuration("resetless", 2, place, path, 0, "average")
+    for sizes, parts, whole in pool4.run(merge_products, config, ranks_per_node=2):
+        assert sizes
+        assert sizes <= parts
+        assert max(sizes) <= -(-max(whole) // 2)
