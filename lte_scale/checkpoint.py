@@ -35,7 +35,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +49,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from lte_scale.collectives import Collectives
 from lte_scale.config.schema import CheckpointConfig
-from lte_scale.flat import FlatPart
+from lte_scale.contents import Pieces, Tensors, carries_over, check_model, copied, copy_in, take_positions, tensors_of
 from lte_scale.log import log
-from lte_scale.merge import Merger
-from lte_scale.model import Heads
-from lte_scale.optim import HeadOptimizer
 
 _NAME = re.compile(r"step_(\d{8,})")
 _ABOUT = ("top1", "topology", "format", "heads", "position")  # in train_state.json besides the trainer's own state
-Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """What a checkpoint holds besides the trainer's state. `positions`: the data position of each head."""
-
-    heads: Heads
-    merger: Merger
-    optimizer: HeadOptimizer
-    positions: dict[int, int]
 
 
 def check_writable(run_dir: Path) -> None:
@@ -154,7 +140,7 @@ class Checkpoints:
         """
         self._finish()
         with torch.no_grad(), pieces.merger.editable() as shards:
-            tensors = {name: _copied(value) for name, value in _tensors(pieces, shards).items()}
+            tensors = {name: copied(value) for name, value in tensors_of(pieces, shards).items()}
         path = self.run_dir / "checkpoints" / f"step_{state['step']:08d}"
         described = {**state, "top1": top1, "topology": asdict(self.collectives.topology), "format": 1}
         described |= {"heads": self.collectives.topology.heads, "position": max(pieces.positions.values())}
@@ -241,16 +227,16 @@ class Checkpoints:
         metadata = FileSystemReader(path).read_metadata()
         merger = pieces.merger
         with torch.no_grad(), merger.editable() as shards:
-            _check_model(metadata, pieces, path)
-            wanted = _tensors(pieces, shards, loading=True)
-            chosen = {n: t for n, t in wanted.items() if _carries_over(n, same_place=same_place, same_heads=same_heads)}
+            check_model(metadata, pieces, path)
+            wanted = tensors_of(pieces, shards, loading=True)
+            chosen = {n: t for n, t in wanted.items() if carries_over(n, same_place=same_place, same_heads=same_heads)}
             self._drop_what_is_missing(chosen, metadata, path)
-            staged = {name: _copied(value) for name, value in chosen.items()}
+            staged = {name: copied(value) for name, value in chosen.items()}
             dcp_load(staged, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
             late = {n for n in staged if n.startswith(("node/", "product/"))}
-            _copy_in({n: t for n, t in staged.items() if n not in late}, chosen)
+            copy_in({n: t for n, t in staged.items() if n not in late}, chosen)
         self._load_history(path, metadata, pieces, same_place)
-        _take_positions(pieces, staged, state, topology.heads)
+        take_positions(pieces, staged, state, topology.heads)
         if not same_heads:
             self._say(f"{state['heads']} heads are now {topology.heads}: they are drawn anew from the merged weights")
             merger.replicas.write(merger.replicas.outer.masters)
@@ -259,8 +245,8 @@ class Checkpoints:
         merger.restore_products()
         merger.publish()
         with torch.no_grad(), merger.editable() as shards:
-            targets = _tensors(pieces, shards, loading=True)
-            _copy_in({n: staged[n] for n in late}, {n: targets[n] for n in late})
+            targets = tensors_of(pieces, shards, loading=True)
+            copy_in({n: staged[n] for n in late}, {n: targets[n] for n in late})
         return {key: value for key, value in state.items() if key not in _ABOUT}
 
     def _say(self, message: str) -> None:
@@ -288,100 +274,6 @@ class Checkpoints:
         for number, bucket in enumerate(pieces.merger.buckets):
             mine = sorted(n for n in found if n.startswith(f"{prefix}{number:04d}/"))
             pieces.merger.history[bucket] = [found[n].to(device) for n in mine]
-
-
-def _tensors(pieces: Pieces, shards: Mapping[str, Tensor], *, loading: bool = False) -> Tensors:
-    """Every tensor of the run by its key, as they are: not copied."""
-    merger, heads = pieces.merger, pieces.heads
-    rank, node = merger.topology.rank, merger.topology.node
-    found: Tensors = {}
-    for name, own in merger.ownership.items():
-        total = own.shape[0] * own.shape[1]
-        for kind, values in (
-            ("master", merger.outer.masters),
-            ("momentum", merger.outer.momenta),
-            ("average", merger.outer.averages),
-            ("product", merger.mean_product if merger.two_level else {}),
-        ):
-            if name in values:
-                found[f"{kind}/{name}"] = FlatPart(values[name], own.own[0], total)
-        if merger.two_level:
-            found[f"node/{node}/{name}"] = FlatPart(shards[name], own.compute[0], total)
-    replicas = merger.replicas.outer
-    for kind, values in (("master", replicas.masters), ("momentum", replicas.momenta), ("average", replicas.averages)):
-        found |= {f"replica_{kind}/{name}": value for name, value in values.items()}
-    for index, head in enumerate(heads.ids):
-        found |= {f"head/{head}/{name}": value for name, value in _of_head(pieces, index, head).items()}
-    if not loading:
-        for number, (_, packed) in enumerate(merger.history.items()):
-            found |= {f"history/{rank}/{number:04d}/{i:04d}": tensor for i, tensor in enumerate(packed)}
-    return found
-
-
-def _of_head(pieces: Pieces, index: int, head: int) -> dict[str, Tensor]:
-    heads, optimizer = pieces.heads, pieces.optimizer
-    count = len(heads.ids)
-    found = {}
-    for name, parameter in heads.parameters().items():
-        found[name] = parameter.detach().view(count, -1)[index]
-        for moment, value in optimizer.moments(parameter).items():
-            found[f"{name}/{moment}"] = value.view(count, -1)[index]
-        found[f"{name}/step"] = optimizer.adamw.state[parameter]["step"]
-    for name, layer in heads.linears.items():
-        if layer.A_prev is not None and layer.B_prev is not None:
-            found |= {f"{name}.A_prev": layer.A_prev[index].view(-1), f"{name}.B_prev": layer.B_prev[index].view(-1)}
-    found["position"] = torch.tensor(pieces.positions[head])
-    found["skipped_in_a_row"] = torch.tensor(optimizer.skipped_in_a_row[index])
-    return found
-
-
-def _carries_over(name: str, *, same_place: bool, same_heads: bool) -> bool:
-    kind = name.partition("/")[0]
-    return same_place if kind == "node" else same_heads if kind == "head" else True
-
-
-def _copied(value: Tensor) -> Tensor:
-    return value.copied() if isinstance(value, FlatPart) else value.detach().to("cpu", copy=True)
-
-
-def _copy_in(source: Tensors, target: Tensors) -> None:
-    for name, value in source.items():
-        into = target[name]
-        if isinstance(value, FlatPart) and isinstance(into, FlatPart):
-            into.part.copy_(value.part)
-        else:
-            into.copy_(value)
-
-
-def _take_positions(pieces: Pieces, staged: Tensors, state: Mapping[str, Any], heads: int) -> None:
-    for index, head in enumerate(pieces.heads.ids):
-        position, skipped = staged.get(f"head/{head}/position"), staged.get(f"head/{head}/skipped_in_a_row")
-        if position is not None and skipped is not None:
-            pieces.positions[head] = int(position)
-            pieces.optimizer.skipped_in_a_row[index] = int(skipped)
-        else:  # other heads share the epoch now: go on where they all were
-            pieces.positions[head] = int(state["position"]) * int(state["heads"]) // heads
-
-
-def _check_model(metadata: Metadata, pieces: Pieces, path: Path) -> None:
-    """Whether the checkpoint's layers and parameters are this model's."""
-    merger = pieces.merger
-    wanted = {f"master/{name}": own.shape[0] * own.shape[1] for name, own in merger.ownership.items()}
-    wanted |= {f"replica_master/{name}": value.numel() for name, value in merger.replicas.outer.masters.items()}
-    wanted |= {f"head/0/{name}": p.numel() // len(pieces.heads.ids) for name, p in pieces.heads.parameters().items()}
-    stored = {
-        name: entry.size.numel()
-        for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and name.startswith(("master/", "replica_master/", "head/0/"))
-    }
-    differing = [name for name in sorted(wanted) if stored.get(name) != wanted[name]]
-    differing += [name for name in sorted(stored) if name.startswith("master/") and name not in wanted]
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"{path}: is of another model or rank: {name} has {stored.get(name, 'no')} values there and "
-            f"{wanted.get(name, 'none')} here ({len(differing)} such tensors); set another run_dir, or resume=never"
-        )
 
 
 def _read_state(path: Path) -> dict[str, Any]:

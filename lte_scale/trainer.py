@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from lte_scale.assemble import assemble
-from lte_scale.checkpoint import Checkpoints, Pieces
+from lte_scale.checkpoint import Checkpoints
 from lte_scale.collectives import Collectives
 from lte_scale.config import dump
 from lte_scale.config.schema import Config
+from lte_scale.contents import Pieces
 from lte_scale.data import Batch, TrainStream, open_index
 from lte_scale.evaluate import Evaluator
 from lte_scale.initial import seed_of

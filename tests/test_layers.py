@@ -32,14 +32,15 @@ LAYERS: dict[int, set[str]] = {
 }
 # Parts of a module of the fifth layer, which it alone and later layers may import.
 PARTS = {
-    "merge": {"checkpoint"},  # which saves the masters
+    "merge": {"contents"},  # of a checkpoint: the masters
+    "contents": {"checkpoint"},
     "exchange": {"merge", "traffic", "memory", "baselines"},
     "outer": {"merge", "replicas"},
     "replicas": {"merge"},
     "traffic": {"memory", "baselines"},
     "memory": {"baselines"},
     "baselines": set[str](),
-    "flat": {"checkpoint"},
+    "flat": {"contents"},
 }  # fmt: skip
 CHECKED_FIRST = {"topology"}  # config checks what a topology allows with the topology's own arithmetic
 

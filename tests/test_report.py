@@ -17,6 +17,7 @@ import yaml
 from matplotlib.image import imread
 
 from lte_scale import report
+from lte_scale.report import curves, page
 
 
 def write_run(path: Path, config: Mapping[str, Any], records: list[dict[str, Any]]) -> Path:
@@ -187,10 +188,10 @@ def test_runs_are_told_apart_and_named_once(short: Path, tmp_path: Path) -> None
 def test_smoothing_keeps_a_constant_and_bridges_gaps() -> None:
     values = np.full(200, 3.0)
     values[90:92] = math.nan
-    np.testing.assert_allclose(report.smooth(values), 3.0)
+    np.testing.assert_allclose(curves.smooth(values), 3.0)
     line = np.arange(200.0)
-    np.testing.assert_allclose(report.smooth(line)[5:-5], line[5:-5])
-    assert np.isnan(report.smooth(np.array([math.nan]))).all()
+    np.testing.assert_allclose(curves.smooth(line)[5:-5], line[5:-5])
+    assert np.isnan(curves.smooth(np.array([math.nan]))).all()
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_smoothing_keeps_a_constant_and_bridges_gaps() -> None:
      (0.25, "0.25 B"), (12_345e12, "12,345 TB")],
 )  # fmt: skip
 def test_sizes(value: float, text: str) -> None:
-    assert report.size(value) == text
+    assert page.size(value) == text
 
 
 def break_nothing(run: Path) -> None:

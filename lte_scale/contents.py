@@ -1,0 +1,127 @@
+"""What a checkpoint holds: every tensor of a run by its key, and what of it carries over to another topology."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from lte_scale.flat import FlatPart
+from lte_scale.merge import Merger
+from lte_scale.model import Heads
+from lte_scale.optim import HeadOptimizer
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a checkpoint holds besides the trainer's state. `positions`: the data position of each head."""
+
+    heads: Heads
+    merger: Merger
+    optimizer: HeadOptimizer
+    positions: dict[int, int]
+
+
+def tensors_of(pieces: Pieces, shards: Mapping[str, Tensor], *, loading: bool = False) -> Tensors:
+    """Every tensor of the run by its key, as they are: not copied."""
+    merger, heads = pieces.merger, pieces.heads
+    rank, node = merger.topology.rank, merger.topology.node
+    found: Tensors = {}
+    for name, own in merger.ownership.items():
+        total = own.shape[0] * own.shape[1]
+        for kind, values in (
+            ("master", merger.outer.masters),
+            ("momentum", merger.outer.momenta),
+            ("average", merger.outer.averages),
+            ("product", merger.mean_product if merger.two_level else {}),
+        ):
+            if name in values:
+                found[f"{kind}/{name}"] = FlatPart(values[name], own.own[0], total)
+        if merger.two_level:
+            found[f"node/{node}/{name}"] = FlatPart(shards[name], own.compute[0], total)
+    replicas = merger.replicas.outer
+    for kind, values in (("master", replicas.masters), ("momentum", replicas.momenta), ("average", replicas.averages)):
+        found |= {f"replica_{kind}/{name}": value for name, value in values.items()}
+    for index, head in enumerate(heads.ids):
+        found |= {f"head/{head}/{name}": value for name, value in _of_head(pieces, index, head).items()}
+    if not loading:
+        for number, (_, packed) in enumerate(merger.history.items()):
+            found |= {f"history/{rank}/{number:04d}/{i:04d}": tensor for i, tensor in enumerate(packed)}
+    return found
+
+
+def _of_head(pieces: Pieces, index: int, head: int) -> dict[str, Tensor]:
+    heads, optimizer = pieces.heads, pieces.optimizer
+    count = len(heads.ids)
+    found = {}
+    for name, parameter in heads.parameters().items():
+        found[name] = parameter.detach().view(count, -1)[index]
+        for moment, value in optimizer.moments(parameter).items():
+            found[f"{name}/{moment}"] = value.view(count, -1)[index]
+        found[f"{name}/step"] = optimizer.adamw.state[parameter]["step"]
+    for name, layer in heads.linears.items():
+        if layer.A_prev is not None and layer.B_prev is not None:
+            found |= {f"{name}.A_prev": layer.A_prev[index].view(-1), f"{name}.B_prev": layer.B_prev[index].view(-1)}
+    found["position"] = torch.tensor(pieces.positions[head])
+    found["skipped_in_a_row"] = torch.tensor(optimizer.skipped_in_a_row[index])
+    return found
+
+
+def carries_over(name: str, *, same_place: bool, same_heads: bool) -> bool:
+    """Whether the tensor of this key means the same where nodes, ranks or heads are others."""
+    kind = name.partition("/")[0]
+    return same_place if kind == "node" else same_heads if kind == "head" else True
+
+
+def copied(value: Tensor) -> Tensor:
+    """A copy on the CPU that later steps do not change."""
+    return value.copied() if isinstance(value, FlatPart) else value.detach().to("cpu", copy=True)
+
+
+def copy_in(source: Tensors, target: Tensors) -> None:
+    """Write the values of `source` to the tensors of the same keys, in place."""
+    for name, value in source.items():
+        into = target[name]
+        if isinstance(value, FlatPart) and isinstance(into, FlatPart):
+            into.part.copy_(value.part)
+        else:
+            into.copy_(value)
+
+
+def take_positions(pieces: Pieces, staged: Tensors, state: Mapping[str, Any], heads: int) -> None:
+    """Data position and count of skipped steps of every head of this rank, from the checkpoint."""
+    for index, head in enumerate(pieces.heads.ids):
+        position, skipped = staged.get(f"head/{head}/position"), staged.get(f"head/{head}/skipped_in_a_row")
+        if position is not None and skipped is not None:
+            pieces.positions[head] = int(position)
+            pieces.optimizer.skipped_in_a_row[index] = int(skipped)
+        else:  # other heads share the epoch now: go on where they all were
+            pieces.positions[head] = int(state["position"]) * int(state["heads"]) // heads
+
+
+def check_model(metadata: Metadata, pieces: Pieces, path: Path) -> None:
+    """Whether the checkpoint's layers and parameters are this model's."""
+    merger = pieces.merger
+    wanted = {f"master/{name}": own.shape[0] * own.shape[1] for name, own in merger.ownership.items()}
+    wanted |= {f"replica_master/{name}": value.numel() for name, value in merger.replicas.outer.masters.items()}
+    wanted |= {f"head/0/{name}": p.numel() // len(pieces.heads.ids) for name, p in pieces.heads.parameters().items()}
+    stored = {
+        name: entry.size.numel()
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and name.startswith(("master/", "replica_master/", "head/0/"))
+    }
+    differing = [name for name in sorted(wanted) if stored.get(name) != wanted[name]]
+    differing += [name for name in sorted(stored) if name.startswith("master/") and name not in wanted]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{path}: is of another model or rank: {name} has {stored.get(name, 'no')} values there and "
+            f"{wanted.get(name, 'none')} here ({len(differing)} such tensors); set another run_dir, or resume=never"
+        )
