@@ -16,6 +16,7 @@ _OWN_KEYS = {
     "pretrained": "none: LTE trains from scratch",
     "checkpoint_path": "none: LTE trains from scratch",
 }
+_LONGEST = 1e12  # steps or epochs: exact as a float, also times the steps of an epoch
 
 
 def check(config: Config) -> None:
@@ -42,6 +43,8 @@ def _durations(config: Config) -> None:
             value, _ = parse_duration(text)
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from error
+        if value > _LONGEST:
+            raise ConfigError(f"{key}: {text[:20]!r} is beyond {_LONGEST:g}; write steps as `500` or epochs as `2ep`")
         if key == "train.duration" and value == 0:
             raise ConfigError(f"{key}: {text!r} trains nothing; write steps as `500` or epochs as `2ep`")
     decaying = parse_duration(config.schedule.decay)[0] > 0

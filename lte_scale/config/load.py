@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,28 +35,67 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     return config
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice."""
+_TAG = "tag:yaml.org,2002:"
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
+_FLOAT = re.compile(
+    r"([-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if not isinstance(key, str | int | float | bool | None):
-                raise yaml.MarkedYAMLError(problem="a key must be a plain word", problem_mark=key_node.start_mark)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML 1.1 with the numbers of YAML 1.2, so that 1e-3 is one and 010 and 2026-11-23 are none.
+
+    Refuses a key that is given twice.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or not key.value.isprintable():
+                raise yaml.MarkedYAMLError(problem="a key must be a plain word", problem_mark=key.start_mark)
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        # PyYAML lets what int(), float() and others raise for `!!int x`, and for more digits than Python reads, through
+        try:
+            value = super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+        except (ValueError, LookupError, AttributeError) as error:
+            problem = f"{_said(node.value)} is no valid {node.tag.removeprefix(_TAG)}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+        if isinstance(value, int) and value.bit_length() > 1024:  # beyond a float
+            problem = f"{_said(node.value)} is too large a number"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that either version of YAML would read as a number."""
+
+
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag.removeprefix(_TAG) not in ("int", "float", "timestamp")]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+# The first form that matches counts: every whole number is a float, too.
+_StrictLoader.add_implicit_resolver(f"{_TAG}int", _INT, list("-+0123456789"))  # type: ignore[no-untyped-call]
+for _kind in (_StrictLoader, _Dumper):
+    _kind.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+.0123456789"))  # type: ignore[no-untyped-call]
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        near = (
+            difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1) if missing else []
+        )
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        reason = error.strerror if isinstance(error, OSError) else "not text"
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: cannot be read ({reason}){hint}") from error
     tree = _yaml(text, str(path))
     if not isinstance(tree, dict):
@@ -68,16 +109,17 @@ def _yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{where}:{line} is no valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{where}: is no valid YAML: {str(error).splitlines()[0]}") from error
 
 
 def _override(config: Config, text: str) -> Config:
     key, sign, value = text.partition("=")
     key = key.strip()
-    if not sign or not key:
-        raise ConfigError(f"override {text!r}: write key=value, for example merge.every=50")
-    return typing.cast(Config, _replaced(config, key.split("."), "", _yaml(value, f"override {text!r}")))
+    where = f"override {_said(text)}"
+    if not sign or not key or not key.isprintable():
+        raise ConfigError(f"{where}: write key=value, for example merge.every=50")
+    return typing.cast(Config, _replaced(config, key.split("."), "", _yaml(value, where)))
 
 
 def _replaced(section: Any, keys: list[str], prefix: str, value: Any) -> Any:
@@ -167,13 +209,13 @@ def _value(field: dataclasses.Field[Any], value: Any, name: str, where: str) -> 
 
     one_of, least, above, most = (field.metadata.get(k) for k in ("one_of", "least", "above", "most"))
     converted = _converted(kind, value)
-    if converted is _WRONG:
-        refuse(_KINDS[kind])
     if one_of is not None and converted not in one_of:
         refuse(", ".join(map(str, one_of)))
+    if converted is _WRONG:
+        refuse(bounds(field))
     if isinstance(converted, int | float) and not isinstance(converted, bool):
         low = (least is not None and converted < least) or (above is not None and converted <= above)
-        if low or (most is not None and converted > most) or not math.isfinite(converted):
+        if low or (most is not None and converted > most):
             refuse(bounds(field))
     return converted
 
@@ -187,7 +229,7 @@ _KINDS = {
     "list[str]": "a list of texts",
     "list[float]": "a list of numbers",
     "Mapping[str, int]": "a mapping from names to whole numbers of at least 1",
-    "Mapping[str, Any]": "a mapping",
+    "Mapping[str, Any]": "a mapping from names to text, finite numbers, true, false, null, lists and mappings",
 }
 
 
@@ -195,9 +237,9 @@ def bounds(field: dataclasses.Field[Any]) -> str:
     """The range of a numeric field, in words."""
     m = field.metadata
     words = [_KINDS[str(field.type)]]
-    words += [f"at least {m['least']:g}"] if m["least"] is not None else []
-    words += [f"above {m['above']:g}"] if m["above"] is not None else []
-    words += [f"at most {m['most']:g}"] if m["most"] is not None else []
+    words += [f"at least {m['least']}"] if m["least"] is not None else []
+    words += [f"above {m['above']}"] if m["above"] is not None else []
+    words += [f"at most {m['most']}"] if m["most"] is not None else []
     return ", ".join(words)
 
 
@@ -212,20 +254,32 @@ def _converted(kind: str, value: Any) -> Any:
         inner = kind.removeprefix("Mapping[str, ").removesuffix("]")
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             return _WRONG
-        found = {key: item if inner == "Any" else _converted(inner, item) for key, item in value.items()}
+        found = {key: _converted(inner, item) for key, item in value.items()}
         wrong = any(item is _WRONG or (inner == "int" and item < 1) for item in found.values())
         return _WRONG if wrong else found
+    if kind == "Any":
+        return value if _is_plain(value) else _WRONG
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return _WRONG
     if kind == "str":
         return str(value)
     try:
         number = float(value)
-    except (ValueError, OverflowError):
+    except ValueError:
+        return _WRONG
+    if not math.isfinite(number):
         return _WRONG
     if kind == "float":
         return number
-    return int(value) if isinstance(value, int) or (math.isfinite(number) and number.is_integer()) else _WRONG
+    return int(number) if number.is_integer() else _WRONG
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON holds `value` unchanged: no NaN, no date, no set, no key but text, nothing that contains itself."""
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _said(value: Any) -> str:
@@ -247,7 +301,7 @@ def _plain(value: Any) -> Any:
 
 def dump(config: Config) -> str:
     """YAML that `load_config` reads back to an equal configuration."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, width=120)
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def differences(old: Config, new: Config) -> list[str]:
