@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from lte_scale.assemble import assemble
 from lte_scale.checkpoint import Checkpoints
 from lte_scale.collectives import Collectives
-from lte_scale.config import dump
+from lte_scale.config import differences, dump, load_config
 from lte_scale.config.schema import Config
 from lte_scale.contents import Pieces
 from lte_scale.data import Batch, TrainStream, open_index
@@ -218,4 +218,6 @@ class Trainer:
             self.state.skipped_here = self.state.skipped_steps if first else 0
             self.state.bad_here = self.state.bad_samples if first else 0
             log.info("resumed from %s at step %d of %d", found, self.state.step, self.schedule.total)
+            for change in differences(load_config(found / "config.yaml"), self.config):
+                log.info("changed since that checkpoint: %s", change)
         self.recorder.resume(self.state)

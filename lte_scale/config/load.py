@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import json
 import math
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 
 from lte_scale.config.checks import check
 from lte_scale.config.schema import Config, ConfigError
+from lte_scale.config.strict_yaml import StrictDumper, parse, said
 
 SHORTHANDS = {"engine": "name"}
 """Sections that may be given as one word, and the key that the word is for."""
@@ -35,57 +35,6 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     return config
 
 
-_TAG = "tag:yaml.org,2002:"
-_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
-_FLOAT = re.compile(
-    r"([-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
-)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.1 with the numbers of YAML 1.2, so that 1e-3 is one and 010 and 2026-11-23 are none.
-
-    Refuses a key that is given twice.
-    """
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or not key.value.isprintable():
-                raise yaml.MarkedYAMLError(problem="a key must be a plain word", problem_mark=key.start_mark)
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return node
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        # PyYAML lets what int(), float() and others raise for `!!int x`, and for more digits than Python reads, through
-        try:
-            value = super().construct_object(node, deep)  # type: ignore[no-untyped-call]
-        except (ValueError, LookupError, AttributeError) as error:
-            problem = f"{_said(node.value)} is no valid {node.tag.removeprefix(_TAG)}"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
-        if isinstance(value, int) and value.bit_length() > 1024:  # beyond a float
-            problem = f"{_said(node.value)} is too large a number"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-        return value
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that either version of YAML would read as a number."""
-
-
-_StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in forms if tag.removeprefix(_TAG) not in ("int", "float", "timestamp")]
-    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-# The first form that matches counts: every whole number is a float, too.
-_StrictLoader.add_implicit_resolver(f"{_TAG}int", _INT, list("-+0123456789"))  # type: ignore[no-untyped-call]
-for _kind in (_StrictLoader, _Dumper):
-    _kind.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+.0123456789"))  # type: ignore[no-untyped-call]
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -97,29 +46,19 @@ def _read(path: Path) -> dict[str, Any]:
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: cannot be read ({reason}){hint}") from error
-    tree = _yaml(text, str(path))
+    tree = parse(text, str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: is {_said(tree)}, not a mapping of sections such as `model:` and `merge:`")
+        raise ConfigError(f"{path}: is {said(tree)}, not a mapping of sections such as `model:` and `merge:`")
     return tree
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _StrictLoader)
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{where}:{line} is no valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{where}: is no valid YAML: {str(error).splitlines()[0]}") from error
 
 
 def _override(config: Config, text: str) -> Config:
     key, sign, value = text.partition("=")
     key = key.strip()
-    where = f"override {_said(text)}"
+    where = f"override {said(text)}"
     if not sign or not key or not key.isprintable():
         raise ConfigError(f"{where}: write key=value, for example merge.every=50")
-    return typing.cast(Config, _replaced(config, key.split("."), "", _yaml(value, where)))
+    return typing.cast(Config, _replaced(config, key.split("."), "", parse(value, where)))
 
 
 def _replaced(section: Any, keys: list[str], prefix: str, value: Any) -> Any:
@@ -137,7 +76,7 @@ def _replaced(section: Any, keys: list[str], prefix: str, value: Any) -> Any:
     elif len(keys) > 1:
         if not isinstance(current, Mapping):
             raise ConfigError(
-                f"{'.'.join([name, *keys[1:]])}: {name} is a value, not a section; write {name}={_said(value)}"
+                f"{'.'.join([name, *keys[1:]])}: {name} is a value, not a section; write {name}={said(value)}"
             )
         new = _value(field, {**current, ".".join(keys[1:]): value}, name, "")
     else:
@@ -163,7 +102,7 @@ def _expanded(section: str, value: Any, name: str, where: str) -> dict[str, Any]
         return {}
     if section in SHORTHANDS and isinstance(value, str):
         return {SHORTHANDS[section]: value}
-    raise ConfigError(f"{where}{name}: is {_said(value)}, not a section of keys")
+    raise ConfigError(f"{where}{name}: is {said(value)}, not a section of keys")
 
 
 def _field(kind: type[Any], key: str, prefix: str, value: Any, where: str) -> dataclasses.Field[Any]:
@@ -178,7 +117,7 @@ def _field(kind: type[Any], key: str, prefix: str, value: Any, where: str) -> da
     if near:
         suggestion = f"; did you mean {near[0] if '.' in near[0] else prefix + near[0]}?"
     raise ConfigError(
-        f"{where}{prefix}{key}: unknown key (value {_said(value)}){suggestion} allowed: {', '.join(fields)}".replace(
+        f"{where}{prefix}{key}: unknown key (value {said(value)}){suggestion} allowed: {', '.join(fields)}".replace(
             ") allowed", "); allowed"
         )
     )
@@ -205,7 +144,7 @@ def _value(field: dataclasses.Field[Any], value: Any, name: str, where: str) -> 
     def refuse(allowed: str) -> typing.NoReturn:
         near = difflib.get_close_matches(str(value), [str(o) for o in one_of], n=1) if one_of else []
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{where}{name}: is {_said(value)}; allowed: {allowed}{hint}")
+        raise ConfigError(f"{where}{name}: is {said(value)}; allowed: {allowed}{hint}")
 
     one_of, least, above, most = (field.metadata.get(k) for k in ("one_of", "least", "above", "most"))
     converted = _converted(kind, value)
@@ -282,11 +221,6 @@ def _is_plain(value: Any) -> bool:
         return False
 
 
-def _said(value: Any) -> str:
-    text = "empty" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain dictionaries, in the order of the schema."""
     return {
@@ -301,7 +235,7 @@ def _plain(value: Any) -> Any:
 
 def dump(config: Config) -> str:
     """YAML that `load_config` reads back to an equal configuration."""
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, width=120)
+    return yaml.dump(to_dict(config), Dumper=StrictDumper, sort_keys=False, width=120)
 
 
 def differences(old: Config, new: Config) -> list[str]:
