@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ from types import FrameType, TracebackType
 
 GRACE_SECONDS = 25.0
 MARK = "LTE_EMULATION"
+ETC = Path("/etc/netns")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -44,7 +46,9 @@ class Network:
         return f"{self.subnet}.{node + 1}"
 
     def command(self, node: int) -> list[str]:
-        return ["ip", "netns", "exec", self.namespaces[node]]
+        # An own host name, or NCCL would take all nodes for one machine and pass the link by.
+        name = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', f"node{node}"]
+        return ["ip", "netns", "exec", self.namespaces[node], *name]
 
     def __enter__(self) -> Network:
         remove_stale()
@@ -52,9 +56,13 @@ class Network:
             _ip("link", "add", self.bridge, "type", "bridge")
             _ip("addr", "add", f"{self.subnet}.254/24", "dev", self.bridge)
             _ip("link", "set", self.bridge, "up")
+            hosts = "".join(f"{self.address(node)} node{node}\n" for node in range(len(self.namespaces)))
             for node, namespace in enumerate(self.namespaces):
                 veth = f"{self.bridge}{node}"
                 _ip("netns", "add", namespace)
+                # `ip netns exec` lays this file over /etc/hosts
+                (ETC / namespace).mkdir(parents=True, exist_ok=True)
+                (ETC / namespace / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
                 _ip("link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", namespace)
                 _ip("link", "set", veth, "master", self.bridge, "up")
                 _ip("-n", namespace, "addr", "add", f"{self.address(node)}/24", "dev", "eth0")
@@ -62,7 +70,7 @@ class Network:
                     _ip("-n", namespace, "link", "set", device, "up")
                 limit = ["tbf", "rate", f"{self.mbit:g}mbit", "burst", "256kb", "latency", "50ms"]
                 _run("tc", "-n", namespace, "qdisc", "add", "dev", "eth0", "root", *limit)
-        except SystemExit:
+        except BaseException:
             self.__exit__(None, None, None)
             raise
         return self
@@ -75,28 +83,39 @@ class Network:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for namespace in self.namespaces:
-            subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
-        subprocess.run(["ip", "link", "del", self.bridge], capture_output=True, check=False)
+        # A namespace, and its end of the link, lives as long as a process in it: the links go first.
+        for node, namespace in enumerate(self.namespaces):
+            remove(f"{self.bridge}{node}")
+            remove(namespace)
+        remove(self.bridge)
+
+
+def remove(name: str) -> None:
+    """Delete a namespace or a link of an emulation, if it exists."""
+    if (Path("/sys/class/net") / name).exists():
+        _ip("link", "del", name, check=False)
+    if (Path("/run/netns") / name).exists():
+        _ip("netns", "del", name, check=False)
+    shutil.rmtree(ETC / name, ignore_errors=True)
 
 
 def remove_stale() -> None:
-    """Delete the namespaces of emulations that were killed before they could."""
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout.split()
-    for name in listed:
-        pid = name.removeprefix("lte").partition("n")[0]
-        if name.startswith("lte") and pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-            subprocess.run(["ip", "link", "del", f"lte{pid}b"], capture_output=True, check=False)
+    """Delete what emulations left that were killed before they could."""
+    for folder in (Path("/sys/class/net"), Path("/run/netns"), ETC):
+        for name in sorted(path.name for path in folder.glob("lte*")):
+            owner = re.fullmatch(r"lte(\d+)[bn]\d*", name)
+            if owner and (int(owner[1]) == os.getpid() or not Path(f"/proc/{owner[1]}").exists()):
+                remove(name)
 
 
-def _ip(*words: str) -> None:
-    _run("ip", *words)
+def _ip(*words: str, check: bool = True) -> None:
+    _run("ip", *words, check=check)
 
 
-def _run(*words: str) -> None:
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
+def _run(*words: str, check: bool = True) -> None:
+    # An own session: Ctrl-C must not end the commands that set up and clean up.
+    done = subprocess.run(words, capture_output=True, text=True, check=False, start_new_session=True)
+    if check and done.returncode:
         sys.exit(f"emulate: {' '.join(words)}: {done.stderr.strip()}")
 
 
@@ -126,14 +145,15 @@ class Nodes:
 
     def _environment(self) -> dict[str, str]:
         ranks = self.arguments.nodes * self.arguments.ranks_per_node
-        interface = "eth0" if self.network else "lo"
         defaults = {
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
-            "GLOO_SOCKET_IFNAME": interface,
-            "NCCL_SOCKET_IFNAME": interface,
             "TORCH_CPP_LOG_LEVEL": "ERROR",
         }
-        return {**defaults, **os.environ, MARK: self.mark}
+        # What the user has set names an interface of this machine, not of these nodes.
+        interface = "eth0" if self.network else "lo"
+        fixed = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface, MARK: self.mark}
+        inherited = {name: value for name, value in os.environ.items() if name != "RANK"}  # it tells ranks from agents
+        return {**defaults, **inherited, **fixed}
 
     def wait(self) -> int:
         """Until every node has ended; the exit code of the first that failed."""
@@ -158,10 +178,13 @@ class Nodes:
                 agent.send_signal(number)
 
     def kill(self) -> None:
-        """End every process of this emulation that is left, wherever it is in the tree."""
-        for pid in self._processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        """End every process of this emulation that is left, wherever it is in the tree, and see it gone."""
+        deadline = time.monotonic() + 5
+        while (left := self._processes()) and time.monotonic() < deadline:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
 
     def _processes(self, variable: str = MARK) -> list[int]:
         """Process ids of this emulation whose environment has `variable`."""
@@ -239,7 +262,8 @@ def main() -> int:
         nodes.asked_to_stop = number
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
     if network is None:
         try:
             nodes.start()

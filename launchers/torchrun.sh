@@ -8,7 +8,7 @@ set -euo pipefail
 
 nnodes=${NNODES:-1}
 if [ -z "${NPROC:-}" ]; then
-    NPROC=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+    NPROC=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true)
     [ "$NPROC" -gt 0 ] || NPROC=1
 fi
 # Left unset, every rank would start a thread per core, and data workers with them.

@@ -6,6 +6,7 @@ import multiprocessing as mp
 import multiprocessing.connection
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -42,9 +43,12 @@ class DistributedPool:
         """`function(rank, *args)` on every rank; its results by rank.
 
         Raises:
-            DistributedError: with the traceback of the first rank that failed, or if one did not end in time.
+            DistributedError: with the traceback of the first rank that failed, or if not all end within `timeout`
+                seconds. Either way the next run starts new processes.
         """
         world = world_size or self.size
+        if not 1 <= world <= self.size:
+            raise ValueError(f"world_size {world}: the pool has {self.size} processes")
         if not self._workers:
             self._start()
         job = {"port": free_port(), "world": world, "ranks_per_node": ranks_per_node}
@@ -52,23 +56,28 @@ class DistributedPool:
             pipe.send((job, function, args))
         waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers[:world])}
         results: dict[int, Any] = {}
-        while waiting:
-            ready = mp.connection.wait(list(waiting), timeout)
-            if not ready:
-                self.close()
-                raise DistributedError(f"ranks {sorted(waiting.values())} did not end within {timeout} s")
+        failures: list[tuple[float, int, str]] = []
+        deadline = time.monotonic() + timeout
+        while waiting and (ready := mp.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))):
             for end in ready:
                 pipe = cast(Connection, end)
                 rank = waiting.pop(pipe)
                 try:
-                    failed, result = pipe.recv()
-                except EOFError:
-                    failed, result = True, "the process died"
-                if failed:  # the other ranks may wait for this one for ever
-                    self.close()
-                    raise DistributedError(f"rank {rank}:\n{result}")
-                results[rank] = result
-        return [results[rank] for rank in range(world)]
+                    failed_at, result = pipe.recv()
+                except (EOFError, OSError):
+                    failed_at, result = 0.0, "the process died"
+                if failed_at is None:
+                    results[rank] = result
+                else:  # the others may wait for this rank for ever, or tell sooner what it did to them
+                    failures.append((failed_at, rank, result))
+                    deadline = min(deadline, time.monotonic() + 0.5)
+        if not failures and not waiting:
+            return [results[rank] for rank in range(world)]
+        self.close()
+        if failures:
+            _, rank, cause = min(failures)
+            raise DistributedError(f"rank {rank}:\n{cause}")
+        raise DistributedError(f"ranks {sorted(waiting.values())} did not end within {timeout} s")
 
     def _start(self) -> None:
         context = mp.get_context("spawn")
@@ -78,6 +87,8 @@ class DistributedPool:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
+        for _, pipe in self._workers:
+            pipe.recv()  # ready: a timeout counts the function alone
 
     def close(self) -> None:
         """Kill the processes; the next run starts new ones."""
@@ -92,18 +103,22 @@ def _serve(rank: int, pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    pipe.send("ready")
     while True:
         try:
             job, function, args = pipe.recv()
         except (EOFError, OSError):
             return
         try:
-            pipe.send((False, _run(rank, job, function, args)))
+            pipe.send(_run(rank, job, function, args))
         except BaseException:
-            pipe.send((True, traceback.format_exc()))
+            pipe.send((time.monotonic(), traceback.format_exc()))
 
 
-def _run(rank: int, job: dict[str, int], function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _run(
+    rank: int, job: dict[str, int], function: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[float | None, Any]:
+    """(None, result), or (the time of the failure, traceback)."""
     from datetime import timedelta
 
     import torch.distributed as dist
@@ -118,6 +133,8 @@ def _run(rank: int, job: dict[str, int], function: Callable[..., Any], args: tup
     )
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     try:
-        return function(rank, *args)
+        return None, function(rank, *args)
+    except BaseException:
+        return time.monotonic(), traceback.format_exc()  # before this group's end makes the other ranks fail
     finally:
         dist.destroy_process_group()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,7 +62,8 @@ def layer_of(module: str) -> int:
 def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
+        if isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{path}: a relative import hides its layer; write lte_scale.NAME"
             names = [node.module] if node.module != "lte_scale" else [f"lte_scale.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -86,5 +89,13 @@ def test_imports_point_to_earlier_layers(path: Path) -> None:
 
 def test_only_its_engine_imports_deepspeed() -> None:
     for path in PACKAGE.rglob("*.py"):
-        if path.name != "deepspeed.py":
-            assert "import deepspeed" not in path.read_text(), path
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if any(name.split(".")[0] == "deepspeed" for name in names):
+                assert path == PACKAGE / "engines" / "deepspeed.py", path
+
+
+def test_the_first_layer_needs_no_torch() -> None:
+    modules = ", ".join(f"lte_scale.{name}" for name in sorted(LAYERS[0]))
+    subprocess.run([sys.executable, "-c", f"import sys, {modules}; assert 'torch' not in sys.modules"], check=True)

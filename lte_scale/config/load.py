@@ -198,6 +198,8 @@ def _converted(kind: str, value: Any) -> Any:
         return _WRONG if wrong else found
     if kind == "Any":
         return value if _is_plain(value) else _WRONG
+    if kind == "str" and value is None:  # `data.val=` and `val:` leave the text empty
+        return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return _WRONG
     if kind == "str":

@@ -126,9 +126,7 @@ def test_another_number_of_ranks_loads_the_same_base(
     config = configuration(mode, 2, ("global", "pass"), "dense", 0, "nesterov")
     pool4.run(save, config, str(tmp_path), False)
     before = joined(pool4.run(masters_after_load, config, str(tmp_path)))
-    other = dataclasses.replace(
-        configuration(mode, heads, ("node", "pass"), "dense", 0, "nesterov"), seed=config.seed
-    )
+    other = dataclasses.replace(configuration(mode, heads, ("node", "pass"), "dense", 0, "nesterov"), seed=config.seed)
     outcomes = pool4.run(masters_after_load, other, str(tmp_path), world_size=world, ranks_per_node=per_node)
     after = joined(outcomes)
     assert before.keys() == after.keys()

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lte_scale.config.schema import AdaptersConfig, BaseConfig, Config, MergeConfig, OptimizerConfig, TopologyConfig, TrainConfig
+from lte_scale.config.schema import (
+    AdaptersConfig,
+    BaseConfig,
+    Config,
+    MergeConfig,
+    OptimizerConfig,
+    TopologyConfig,
+    TrainConfig,
+)
 from tests.dist.equality import BATCH, Outcome, Run, train
 from tests.harness import DistributedPool
 from tests.reference import TINY, Reference, head_batch
@@ -92,7 +100,7 @@ def cases() -> list[tuple[str, int, tuple[str, str], str, int, str]]:
 
 @pytest.mark.parametrize("case", cases(), ids=lambda c: f"{c[0]}-h{c[1]}-{c[2][0]}-{c[2][1]}-{c[3]}-l{c[4]}-{c[5]}")
 def test_two_nodes_of_two_ranks(pool4: DistributedPool, case: tuple[str, int, tuple[str, str], str, int, str]) -> None:
-    mode, heads, place, path, local_every, outer = case
+    mode, heads, _place, _path, local_every, outer = case
     outcomes = pool4.run(train, configuration(*case), STEPS, ranks_per_node=2)
     assert_equal(outcomes, reference(mode, 2, heads, local_every, outer, "keep"))
 
@@ -166,9 +174,7 @@ def merge_products(rank: int, config: Config) -> tuple[set[int], set[int], set[i
 
 @pytest.mark.parametrize("place", [PLACES[0], PLACES[1], PLACES[2]])
 @pytest.mark.parametrize("path", ["factor", "dense"])
-def test_no_rank_forms_more_than_its_part_of_a_delta(
-    pool4: DistributedPool, place: tuple[str, str], path: str
-) -> None:
+def test_no_rank_forms_more_than_its_part_of_a_delta(pool4: DistributedPool, place: tuple[str, str], path: str) -> None:
     config = configuration("resetless", 2, place, path, 0, "average")
     for sizes, parts, whole in pool4.run(merge_products, config, ranks_per_node=2):
         assert sizes
