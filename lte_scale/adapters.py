@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,17 @@ def lte_linear_reference(
     return torch.stack(outputs)
 
 
+class BaseWeight(nn.Module):
+    """The frozen dense weight W [O, I] of a layer: a module of its own, which an engine can gather for its call."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight, bias)
+
+
 class LTELinear(nn.Module):
     """`y = W x + s B_n A_n x + b_n`: W [O, I] frozen and shared, A [H, R, I], B [H, O, R] and b [H, O] per head.
 
@@ -82,7 +93,7 @@ class LTELinear(nn.Module):
         out, into = shape
         heads = layout.heads
         self.layout, self.scale, self.folded = layout, scale, False
-        self.weight = nn.Parameter(torch.empty(out, into, device="meta"), requires_grad=False)
+        self.base = BaseWeight(shape)
         # NaN, so that a forgotten initialisation fails at once.
         self.A = nn.Parameter(torch.full((heads, rank, into), math.nan))
         self.B = nn.Parameter(torch.full((heads, out, rank), math.nan))
@@ -100,12 +111,12 @@ class LTELinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layout = self.layout
         if not layout.active:
-            return F.linear(x, self.weight, None if self.bias is None else self.bias[0])
+            return cast(Tensor, self.base(x, None if self.bias is None else self.bias[0]))
         A_HRI, B_HOR = self.factors()
         if layout.heads == 1:
-            y = F.linear(x, self.weight, None if self.bias is None else self.bias[0])
+            y: Tensor = self.base(x, None if self.bias is None else self.bias[0])
             return y + F.linear(F.linear(x, A_HRI[0]), B_HOR[0] * self.scale)
-        y = F.linear(x, self.weight)
+        y = self.base(x)
         x_HMI = x.reshape(layout.heads, -1, x.shape[-1])
         delta_HMO = torch.bmm(torch.bmm(x_HMI, A_HRI.mT), (B_HOR * self.scale).mT)
         if self.bias is not None:

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from lte_scale.collectives import Collectives
+from lte_scale.config.deepspeed import settings
 from lte_scale.config.schema import Config
 from lte_scale.cost import training_flops
 from lte_scale.engines.base import Engine, SingleEngine, fill_base, wrap_blocks
+from lte_scale.engines.deepspeed import DeepSpeedEngine
 from lte_scale.engines.fsdp import FSDPEngine
 from lte_scale.merge import Merger, folds
 from lte_scale.model import Heads, attach, build
@@ -59,10 +61,13 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
     blocks = wrap_blocks(
         model, checkpoint_activations=config.train.checkpoint_activations, compile=config.train.compile
     )
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     engine: Engine
     if config.engine.name == "fsdp":
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         engine = FSDPEngine(model, heads, blocks, collectives, config.base, device=device, compute_dtype=dtype)
+    elif config.engine.name == "deepspeed":
+        json = settings(config, collectives.topology)
+        engine = DeepSpeedEngine(model, heads, collectives, config.base, json, device=device, compute_dtype=dtype)
     else:
         engine = SingleEngine(model, heads, device)
     fill_base(engine, heads, rank=collectives.topology.rank, seed=config.seed)

@@ -104,7 +104,8 @@ class Collectives:
         same_node = successor // topology.ranks_per_node == topology.node
         return Group(mine, "intra_node" if same_node else "inter_node", process_group)
 
-    def _count(self, group: Group, purpose: str, sent: int) -> None:
+    def count(self, group: Group, purpose: str, sent: int) -> None:
+        """Add bytes that this rank sends to its successor in the group."""
         if sent:
             self.bytes_sent[group.scope, purpose] += sent
 
@@ -119,7 +120,7 @@ class Collectives:
     def all_reduce(self, tensor: Tensor, group: Group, purpose: str, *, maximum: bool = False) -> Tensor:
         """Sum (or maximum) over the group, in place."""
         if group.size > 1:
-            self._count(group, purpose, all_reduce_bytes(group.size, tensor.nbytes))
+            self.count(group, purpose, all_reduce_bytes(group.size, tensor.nbytes))
             operation = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
             dist.all_reduce(tensor, operation, group=group.process_group)
         return tensor
@@ -128,7 +129,7 @@ class Collectives:
         """`tensor` [...] of every rank, as [ranks, ...] in the order of the group."""
         if group.size == 1:
             return tensor.unsqueeze(0)
-        self._count(group, purpose, all_gather_bytes(group.size, tensor.nbytes))
+        self.count(group, purpose, all_gather_bytes(group.size, tensor.nbytes))
         gathered = tensor.new_empty((group.size * tensor.numel(),))
         dist.all_gather_into_tensor(gathered, tensor.contiguous().view(-1), group=group.process_group)
         return gathered.view(group.size, *tensor.shape)
@@ -137,7 +138,7 @@ class Collectives:
         """The sum over the group of row `index in the group` of `tensor` [ranks, ...], as [...]."""
         if group.size == 1:
             return tensor[0]
-        self._count(group, purpose, reduce_scatter_bytes(group.size, tensor.nbytes))
+        self.count(group, purpose, reduce_scatter_bytes(group.size, tensor.nbytes))
         part = tensor.new_empty((tensor[0].numel(),))
         dist.reduce_scatter_tensor(part, tensor.contiguous().view(-1), group=group.process_group)
         return part.view(tensor.shape[1:])
@@ -171,5 +172,5 @@ class _CountedAllGather(AllGather):
     ) -> dist.Work | None:
         if self.group.size > 1:
             sent = all_gather_bytes(self.group.size, input_tensor.nbytes)
-            self.collectives._count(self.group, self.purpose, sent)
+            self.collectives.count(self.group, self.purpose, sent)
         return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)

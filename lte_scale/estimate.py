@@ -127,7 +127,7 @@ def _images_per_rank(config: Config, topology: Topology) -> int:
 
 
 def _weights(heads: Heads) -> set[str]:
-    return {f"{name}.weight" for name in heads.linears}
+    return {f"{name}.base.weight" for name in heads.linears}
 
 
 def _activations(

@@ -86,6 +86,11 @@ class FactorExchange:
     def __init__(self, heads: Heads, collectives: Collectives) -> None:
         self.heads, self.collectives, self.topology = heads, collectives, collectives.topology
 
+    @property
+    def device(self) -> torch.device:
+        """Where messages are formed: that of the factors, also if the weights are offloaded."""
+        return next(iter(self.heads.linears.values())).A.device
+
     def size(self, names: Sequence[str]) -> int:
         """Values of one head."""
         return sum(self.heads.linears[n].A[0].numel() + self.heads.linears[n].B[0].numel() for n in names)

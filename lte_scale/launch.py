@@ -19,6 +19,7 @@ from lte_scale.checkpoint import check_writable
 from lte_scale.collectives import Collectives
 from lte_scale.config import check_topology, check_training, dump, load_config
 from lte_scale.config.schema import Config
+from lte_scale.engines.deepspeed import check_installed
 from lte_scale.topology import Topology, from_environment
 from lte_scale.trainer import Trainer, TrainingError
 
@@ -47,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         topology = from_environment(config.topology.heads_per_node)
         check_training(config)
         check_topology(config, topology.nodes, topology.ranks_per_node)
+        if config.engine.name == "deepspeed":
+            check_installed()
     except ValueError:
         if int(os.environ.get("RANK", "0")) == 0:  # all ranks read the same configuration
             raise

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from lte_scale.config.deepspeed import PREFETCHED
 from lte_scale.exchange import Bucket
 from lte_scale.traffic import FP32, Arrangement, length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes of one rank (the one that holds the largest parts), by what they are for."""
+    """Bytes of one rank's accelerator (the rank that holds the largest parts), by what they are for.
+
+    Attributes:
+        cpu: what `base.offload: cpu` keeps in CPU memory instead; not in the total.
+    """
 
     master: int
     momentum: int = 0
     moving_average: int = 0
     compute_shards: int = 0
+    partitions: int = 0
     gathered: int = 0
     factors: int = 0
     previous_factors: int = 0
@@ -26,35 +32,50 @@ class Memory:
     activations: int
     merge_history: int = 0
     merge_buffers: int = 0
+    cpu: int = 0
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(getattr(self, field.name) for field in fields(self)) - self.cpu
 
 
 def memory(a: Arrangement, *, activations: int) -> Memory:
     """What rank 0 holds at most; formulas in docs/plan.md."""
     layers, t, config = a.shapes.layers, a.topology, a.config
     held = {name: a.ownership(name, 0) for name in layers}
-    own = sum(length(ownership.own) for ownership in held.values()) + a.shapes.replica_values
+    own = sum(length(ownership.own) for ownership in held.values())
     compute = sum(length(ownership.compute) for ownership in held.values())
+    beside = config.engine.name == "deepspeed" and config.train.precision == "bf16"
+    weights = {
+        "master": FP32 * own,
+        "momentum": FP32 * own if config.merge.outer == "nesterov" else 0,
+        "moving_average": FP32 * own if config.train.ema_decay else 0,
+        "compute_shards": FP32 * compute if a.separate else 0,
+        "partitions": a.compute_bytes * sum(map(a.part, layers.values())) if beside else 0,
+        "products": FP32 * _product_values(a) if a.resetless else 0,
+    }
+    offloaded = config.base.offload == "cpu"
+    kept = dict.fromkeys(weights, 0) if offloaded else weights
+    replicas = FP32 * a.shapes.replica_values
     factors = t.heads_per_rank * a.shapes.factor_values
     trained = t.heads_per_rank * a.shapes.trainable_values
     return Memory(
-        master=FP32 * own,
-        momentum=FP32 * own if config.merge.outer == "nesterov" else 0,
-        moving_average=FP32 * own if config.train.ema_decay else 0,
-        compute_shards=FP32 * compute if a.separate else 0,
+        master=kept["master"] + replicas,
+        momentum=kept["momentum"] + (replicas if config.merge.outer == "nesterov" else 0),
+        moving_average=kept["moving_average"] + (replicas if config.train.ema_decay else 0),
+        compute_shards=kept["compute_shards"],
+        partitions=kept["partitions"],
         gathered=a.compute_bytes * _gathered_values(a),
         factors=FP32 * factors,
         previous_factors=FP32 * factors if a.resetless else 0,
-        products=FP32 * _product_values(a) if a.resetless else 0,
+        products=kept["products"],
         replicas=FP32 * t.heads_per_rank * a.shapes.replica_values,
         gradients=FP32 * trained,
         optimizer_state=2 * FP32 * trained,
         activations=activations,
         merge_history=FP32 * _history_values(a),
         merge_buffers=FP32 * max(_buffer_values(a, bucket) for bucket in a.buckets),
+        cpu=sum(weights.values()) if offloaded else 0,
     )
 
 
@@ -64,6 +85,9 @@ def _gathered_values(a: Arrangement) -> int:
         return 0
     if a.config.base.gather == "window":
         return sum(units.values())
+    if a.config.engine.name == "deepspeed":
+        largest = max(a.part(layer) * a.engine_ranks for layer in a.shapes.layers.values())
+        return min(sum(units.values()), largest + PREFETCHED)
     blocks = sorted((values for unit, values in units.items() if unit), reverse=True)
     return units.get("", 0) + sum(blocks[:2])  # the block at work, and the next one on its way
 

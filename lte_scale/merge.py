@@ -171,7 +171,7 @@ class Merger:
             self.history[bucket].append(packed.clone())  # else a view keeps the factors of all members alive
         for name, change in self._node_changes(bucket, packed).items():
             if not self.folded:  # a folded base holds W - s B' A', which a local merge leaves as it is
-                shards[name].add_(change)
+                shards[name].add_(change.to(shards[name].device))
 
     def _merge_globally(self, bucket: Bucket, shards: Shards, decay: float) -> None:
         packed = self.exchange.pack(bucket.names)
@@ -199,9 +199,9 @@ class Merger:
             own, scale = self.ownership[name], self._scale(name) / heads
             parts = own.parts if whole else (own.own,)
             formed = _joined(product(factors, offset, own.shape, self._rank(name), parts, scale))
-            changes[name] = formed - previous[name] if self.resetless else formed
+            changes[name] = formed - previous[name].to(formed.device) if self.resetless else formed
             if self.resetless:
-                previous[name] = formed
+                previous[name].copy_(formed)
             offset += self.exchange.size([name])
         return changes
 
@@ -217,8 +217,9 @@ class Merger:
         changes = self._node_changes(bucket, packed)
         if self.two_level:
             for name in bucket.names:
-                node_weight = shards[name] + (self.node_product[name] if self.folded else changes[name])
-                changes[name] = node_weight - self.outer.masters[name]
+                shard, change = shards[name], changes[name]
+                moved = self.node_product[name] if self.folded else change.to(shard.device)
+                changes[name] = (shard + moved - self.outer.masters[name]).to(change.device)
         nodes, peers = self.topology.nodes, self.collectives.peers
         if not self.spread:
             total = self.collectives.all_reduce(_joined(list(changes.values())), peers, "merge_dense")
@@ -243,9 +244,8 @@ class Merger:
         if self.refined:
             own = [source[name] for name in bucket.names]
             sizes = [self.ownership[name].part_size for name in bucket.names]
-            message = torch.cat(
-                [torch.nn.functional.pad(t, (0, s - t.numel())) for t, s in zip(own, sizes, strict=True)]
-            )
+            padded = [torch.nn.functional.pad(t, (0, s - t.numel())) for t, s in zip(own, sizes, strict=True)]
+            message = torch.cat(padded).to(self.exchange.device)
             rows = self.collectives.all_gather(message, self.collectives.peers, "merge_refresh").split(sizes, 1)
             for name, parts in zip(bucket.names, rows, strict=True):
                 lengths = [_length(part) for part in self.ownership[name].parts]

@@ -16,7 +16,7 @@ from timm.layers.norm import LayerNorm2d, RmsNorm
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lte_scale.adapters import Layout, LTELinear, LTEPatchConv, PerSample, ReplicaLinear, ReplicaNorm
+from lte_scale.adapters import BaseWeight, Layout, LTELinear, LTEPatchConv, PerSample, ReplicaLinear, ReplicaNorm
 from lte_scale.config.schema import AdaptersConfig, ModelConfig
 from lte_scale.initial import base_slice, orthogonal_factor
 
@@ -247,7 +247,7 @@ def _check_patterns(config: AdaptersConfig, names: Sequence[str]) -> None:
 
 
 def _give_bare_parameters_heads(model: nn.Module, layout: Layout) -> None:
-    known = (LTELinear, ReplicaLinear, ReplicaNorm)
+    known = (BaseWeight, LTELinear, ReplicaLinear, ReplicaNorm)
     for prefix, module in list(model.named_modules()):
         if isinstance(module, known) or prefix.split(".")[-1] == "parametrizations":
             continue

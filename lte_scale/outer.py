@@ -31,6 +31,7 @@ class Outer:
     def update(self, name: str, change: Tensor, decay: float) -> None:
         """Apply the mean change of a window [elements owned] to master `name`, in place, after decoupled decay."""
         master = self.masters[name]
+        change = change.to(master.device)  # an offloaded master is in CPU memory
         if decay:
             master.mul_(1 - decay)
         if self.config.outer == "average":

@@ -120,7 +120,7 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
         size = getattr(plan.memory, field.name)
         if size:
             yield f"  {field.name.replace('_', ' '):<34}{_size(size):>12}"
-    yield f"  {'total':<34}{_size(plan.memory.total):>12}"
+    yield f"  {'total (without cpu)' if plan.memory.cpu else 'total':<34}{_size(plan.memory.total):>12}"
     kept, checkpointed = (_size(plan.activations[name]) for name in ("kept", "checkpointed"))
     yield f"  (activations: {kept}, or {checkpointed} with train.checkpoint_activations)"
 

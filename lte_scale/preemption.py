@@ -33,7 +33,10 @@ class Preemption:
         reason: why this process wants the run to end, if not for a signal.
     """
 
-    def __init__(self, collectives: Collectives, lockstep: Group, *, timeout_seconds: float = 600.0) -> None:
+    def __init__(
+        self, collectives: Collectives, lockstep: Group, *, tied_steps: int = 0, timeout_seconds: float = 600.0
+    ) -> None:
+        """`tied_steps`: for so many calls of `should_stop` all ranks wait for one another, so none may leave."""
         self.collectives, self.lockstep, self.timeout_seconds = collectives, lockstep, timeout_seconds
         self.received = 0
         self.reason: str | None = None
@@ -42,6 +45,7 @@ class Preemption:
         self.groups = topology.world_size // lockstep.size
         self.group = min(lockstep.ranks) // lockstep.size
         self.leads = topology.rank == min(lockstep.ranks)
+        self._tied = tied_steps
         self._looked = 0.0
         self._store = dist.distributed_c10d._get_default_store() if self.groups > 1 else None
         self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
@@ -69,6 +73,9 @@ class Preemption:
 
     def should_stop(self, step: int) -> bool:
         """Whether all ranks stop after `step`. Collective in the lockstep group, once per step."""
+        if self._tied > 0:
+            self._tied -= 1
+            return False
         if self.last_step is None:
             noticed = self.received or self.reason or (self.leads and self._look())
             if not self._maximum(int(bool(noticed))):

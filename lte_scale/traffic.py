@@ -81,9 +81,11 @@ class Arrangement:
         """Bytes of a gathered value."""
         return 2 if self.config.train.precision == "bf16" else FP32
 
-    def padded_rows(self, layer: Layer) -> int:
-        """Rows of a weight in one shard of the engine; the last shards hold fewer, but send as many."""
-        return -(-layer.out // self.engine_ranks)
+    def part(self, layer: Layer) -> int:
+        """Values of a weight in one shard of the engine; the last shards hold fewer, but send as many."""
+        if self.config.engine.name == "deepspeed":  # cuts the flattened weight, FSDP its rows
+            return -(-layer.values // self.engine_ranks)
+        return -(-layer.out // self.engine_ranks) * layer.into
 
     def ownership(self, name: str, rank: int) -> Ownership:
         """The parts of weight `name` at global rank `rank`."""
@@ -91,8 +93,8 @@ class Arrangement:
         node, local = divmod(rank, topology.ranks_per_node)
 
         def shard(of: int) -> Slice:
-            index, rows = of % self.engine_ranks, self.padded_rows(layer)
-            return min(index * rows, layer.out) * layer.into, min((index + 1) * rows, layer.out) * layer.into
+            index, part = of % self.engine_ranks, self.part(layer)
+            return min(index * part, layer.values), min((index + 1) * part, layer.values)
 
         parts: tuple[Slice, ...] = (shard(rank),)
         if self.refined:
@@ -154,7 +156,7 @@ class Arrangement:
         """Values of each gathered unit, padding included; the empty name is what lies outside of the blocks."""
         sizes: Counter[str] = Counter()
         for layer in self.shapes.layers.values():
-            sizes[layer.unit] += self.padded_rows(layer) * self.engine_ranks * layer.into
+            sizes[layer.unit] += self.part(layer) * self.engine_ranks
         return dict(sizes)
 
 

@@ -70,7 +70,9 @@ class Trainer:
             flops_per_image=lte.flops_per_image,
         )
         coupled = config.base.scope == "global" and config.base.gather == "pass"
-        self.preemption = Preemption(collectives, collectives.world if coupled else collectives.node)
+        self.preemption = Preemption(
+            collectives, collectives.world if coupled else collectives.node, tied_steps=self.engine.tied_steps
+        )
         self.state, self.position = TrainState(classes=classes), 0
 
     def __enter__(self) -> Trainer:

@@ -69,7 +69,9 @@ class Reference:
     def _write_weights(self) -> None:
         for head, heads in enumerate(self.heads):
             for name, layer in heads.linears.items():
-                layer.weight = nn.Parameter(self.node_weights[head // self.heads_per_node][name], requires_grad=False)
+                layer.base.weight = nn.Parameter(
+                    self.node_weights[head // self.heads_per_node][name], requires_grad=False
+                )
 
     def run(self, steps: int, batches: Callable[[int, int], Batch]) -> None:
         merge = self.config.merge

@@ -52,7 +52,7 @@ def layer(
         mode="reset" if mode == "reset" else "resetless",
         bias=torch.randn(out) if bias else None,
     )
-    made.weight = nn.Parameter(torch.randn(out, into), requires_grad=False)
+    made.base.weight = nn.Parameter(torch.randn(out, into), requires_grad=False)
     for tensor in (made.A, made.B, made.A_prev, made.B_prev):
         if tensor is not None:
             tensor.data.normal_()
@@ -67,7 +67,7 @@ def test_linear_is_its_specification(heads: int, mode: str, bias: bool) -> None:
     x = torch.randn(heads * 2, 4, 7, requires_grad=True)
     y = made(x)
     wanted = lte_linear_reference(
-        x.view(heads, 8, 7), made.weight, made.A, made.B, made.scale, made.bias, made.A_prev, made.B_prev
+        x.view(heads, 8, 7), made.base.weight, made.A, made.B, made.scale, made.bias, made.A_prev, made.B_prev
     ).view(heads * 2, 4, 5)
     torch.testing.assert_close(y, wanted)
     inputs = [x, made.A, made.B]
@@ -78,7 +78,7 @@ def test_linear_is_its_specification(heads: int, mode: str, bias: bool) -> None:
         strict=True,
     ):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert made.weight.grad is None
+    assert made.base.weight.grad is None
 
 
 def test_folded_base_needs_no_second_product() -> None:
@@ -87,7 +87,7 @@ def test_folded_base_needs_no_second_product() -> None:
     y = made(x)
     assert made.A_prev is not None
     assert made.B_prev is not None
-    made.weight.data -= made.scale * made.B_prev[0] @ made.A_prev[0]
+    made.base.weight.data -= made.scale * made.B_prev[0] @ made.A_prev[0]
     made.folded = True
     assert made.factors()[0] is made.A
     torch.testing.assert_close(made(x), y)
@@ -97,7 +97,7 @@ def test_patch_convolution_is_the_convolution() -> None:
     conv = nn.Conv2d(3, 5, (2, 4), stride=(2, 4))
     made = LTEPatchConv(Layout(1), (5, 24), rank=2, scale=1.0, mode="reset", bias=conv.bias)
     made.kernel = (2, 4)
-    made.weight = nn.Parameter(conv.weight.detach().view(5, 24), requires_grad=False)
+    made.base.weight = nn.Parameter(conv.weight.detach().view(5, 24), requires_grad=False)
     made.A.data.normal_()
     made.B.data.zero_()
     x = torch.randn(2, 3, 9, 8)  # one row is left over, as a convolution leaves it
@@ -156,10 +156,10 @@ def test_merge_is_the_papers_equation_in_float64(mode: str) -> None:
         delta = torch.bmm(made.B.double(), made.A.double())
         if made.A_prev is not None and made.B_prev is not None:
             delta = delta - torch.bmm(made.B_prev.double(), made.A_prev.double())
-        wanted[name] = made.weight.double() + made.scale * delta.mean(0)
+        wanted[name] = made.base.weight.double() + made.scale * delta.mean(0)
     merger.merge(1)
     for name, made in heads.linears.items():
-        torch.testing.assert_close(made.weight.double(), wanted[name].detach(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(made.base.weight.double(), wanted[name].detach(), rtol=1e-6, atol=1e-7)
         if mode == "reset":
             assert not made.B.any()
 
@@ -168,10 +168,10 @@ def test_weight_decay_takes_from_the_master_alone() -> None:
     _, heads, merger = single(2)
     randomise(heads)
     made = heads.linears["blocks.0.mlp.fc1"]
-    wanted = 0.9 * made.weight + made.scale * torch.bmm(made.B, made.A).mean(0)
+    wanted = 0.9 * made.base.weight + made.scale * torch.bmm(made.B, made.A).mean(0)
     bias = made.bias.mean(0) if made.bias is not None else None
     merger.merge(1, decay=0.1)
-    torch.testing.assert_close(made.weight, wanted)
+    torch.testing.assert_close(made.base.weight, wanted)
     assert bias is not None
     torch.testing.assert_close(heads.replicas["blocks.0.mlp.fc1.bias"][1], bias)
 
@@ -180,16 +180,16 @@ def test_the_moving_average_follows_the_master_at_merges() -> None:
     config = replace(SINGLE, train=replace(SINGLE.train, ema_decay=0.75))
     model, heads, merger = single(1, config)
     made = heads.linears["head"]
-    average = made.weight.clone()
+    average = made.base.weight.clone()
     for step in (1, 2):
         randomise(heads)
         merger.merge(step)
-        average = 0.75 * average + 0.25 * made.weight
-    kept = made.weight.clone()
+        average = 0.75 * average + 0.25 * made.base.weight
+    kept = made.base.weight.clone()
     with merger.merged(average=True):
-        torch.testing.assert_close(made.weight, average)
+        torch.testing.assert_close(made.base.weight, average)
         model(torch.randn(5, 1, 28, 28))  # any number of samples: no head is active
-    assert torch.equal(made.weight, kept)
+    assert torch.equal(made.base.weight, kept)
 
 
 def test_resetless_merge_changes_no_heads_function() -> None:

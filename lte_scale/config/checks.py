@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 
+from lte_scale.config.deepspeed import settings
 from lte_scale.config.schema import Config, ConfigError
 from lte_scale.schedules import parse_duration
 from lte_scale.topology import Topology
@@ -77,10 +78,15 @@ def _merge_and_base(config: Config) -> None:
             f"merge.outer_lr, merge.outer_momentum: {merge.outer_lr:g}, {merge.outer_momentum:g} have no meaning for "
             "merge.outer 'average'; use merge.outer=nesterov or leave them out"
         )
-    if config.engine.name == "none" and (base.scope, base.gather) != ("node", "pass"):
+    if config.engine.name == "none" and (base.scope, base.gather, base.offload) != ("node", "pass", "none"):
         raise ConfigError(
-            f"engine.name: 'none' shards nothing, so base.scope {base.scope!r} and base.gather {base.gather!r} have no "
-            "meaning; leave them out or use engine=fsdp"
+            f"engine.name: 'none' shards nothing, so base.scope {base.scope!r}, base.gather {base.gather!r} and "
+            f"base.offload {base.offload!r} have no meaning; leave them out or use engine=fsdp"
+        )
+    if config.engine.deepspeed_config and config.engine.name != "deepspeed":
+        raise ConfigError(
+            f"engine.deepspeed_config: {config.engine.deepspeed_config!r} has no meaning for engine.name "
+            f"{config.engine.name!r}; leave it out or use engine.name=deepspeed"
         )
 
 
@@ -152,3 +158,5 @@ def check_topology(config: Config, nodes: int, ranks_per_node: int) -> None:
             f"train.batch_size: {config.train.batch_size} leaves {share} images per rank, and mixup and cutmix pair "
             f"images; use {2 * config.train.batch_size}"
         )
+    if config.engine.name == "deepspeed":
+        settings(config, topology)

@@ -86,13 +86,25 @@ class BaseConfig:
         "window: gathered once per window by every rank.",
         one_of=("pass", "node", "window"),
     )
+    offload: str = option(
+        "none",
+        "cpu: this rank's parts of the weights are kept in CPU memory and copied to the accelerator on use.",
+        one_of=("none", "cpu"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """What shards the base. `engine: fsdp` is short for `engine: {name: fsdp}`."""
 
-    name: str = option("fsdp", "fsdp: PyTorch FSDP2; none: a single process, nothing sharded.", one_of=("fsdp", "none"))
+    name: str = option(
+        "fsdp",
+        "fsdp: PyTorch FSDP2; deepspeed: ZeRO-3; none: a single process, nothing sharded.",
+        one_of=("fsdp", "deepspeed", "none"),
+    )
+    deepspeed_config: str = option(
+        "", "JSON file merged over the DeepSpeed configuration that is generated from this one (engine deepspeed)."
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

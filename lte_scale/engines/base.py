@@ -20,9 +20,15 @@ Slice = tuple[int, int]
 
 
 class Engine(Protocol):
-    """Shards the frozen weights and gathers them for forward and backward."""
+    """Shards the frozen weights and gathers them for forward and backward.
+
+    Attributes:
+        tied_steps: the first optimizer steps of a process in which all ranks of the world wait for one another, even
+            where the base is gathered inside the nodes.
+    """
 
     model: nn.Module
+    tied_steps: int
 
     def slice_of(self, name: str, rank: int) -> Slice:
         """The part of weight `name` that global rank `rank` stores for computing."""
@@ -63,13 +69,16 @@ def wrap_blocks(model: nn.Module, *, checkpoint_activations: bool, compile: bool
     return blocks
 
 
-def materialise(model: nn.Module, device: torch.device) -> None:
-    """Move `model` to `device`; what was on the meta device becomes NaN, so that a forgotten initialisation shows."""
+def materialise(model: nn.Module, device: torch.device, weights: torch.device | None = None) -> None:
+    """Move `model` to `device`, and what was on the meta device, the dense weights, to `weights` if they are offloaded.
+
+    The weights become NaN, so that a forgotten initialisation shows.
+    """
 
     def move(tensor: Tensor) -> Tensor:
         if not tensor.is_meta:
             return tensor.to(device)
-        return torch.full_like(tensor, math.nan, device=device)
+        return torch.full_like(tensor, math.nan, device=weights or device)
 
     model._apply(move)
 
@@ -95,13 +104,15 @@ def fill_base(engine: Engine, heads: Heads, *, rank: int, seed: int) -> None:
 class SingleEngine:
     """`engine: none`: one process that holds the whole base."""
 
+    tied_steps = 0
+
     def __init__(self, model: nn.Module, heads: Heads, device: torch.device) -> None:
         self.model, self.heads = model, heads
         materialise(model, device)
 
     def slice_of(self, name: str, rank: int) -> Slice:
-        return 0, self.heads.linears[name].weight.numel()
+        return 0, self.heads.linears[name].base.weight.numel()
 
     @contextmanager
     def editable(self) -> Iterator[Mapping[str, Tensor]]:
-        yield {name: layer.weight.data.view(-1) for name, layer in self.heads.linears.items()}
+        yield {name: layer.base.weight.data.view(-1) for name, layer in self.heads.linears.items()}
