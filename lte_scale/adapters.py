@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lte_scale.apex import LayerNorm
+
 
 @dataclass(slots=True)
 class Layout:
@@ -165,12 +167,13 @@ class ReplicaNorm(nn.Module):
     def __init__(self, layout: Layout, weight: Tensor, bias: Tensor | None, *, eps: float, rms: bool) -> None:
         super().__init__()
         self.layout, self.eps, self.rms = layout, eps, rms
+        self.layer_norm: LayerNorm = F.layer_norm
         self.weight = nn.Parameter(weight.detach().expand(layout.heads, -1).clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().expand(layout.heads, -1).clone())
 
     def _normalise(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         shape = x.shape[-1:]
-        return F.rms_norm(x, shape, weight, self.eps) if self.rms else F.layer_norm(x, shape, weight, bias, self.eps)
+        return F.rms_norm(x, shape, weight, self.eps) if self.rms else self.layer_norm(x, shape, weight, bias, self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.layout.split == 1:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lte_scale.adapters import ReplicaNorm
+from lte_scale.apex import layer_norm
 from lte_scale.collectives import Collectives
 from lte_scale.config.deepspeed import settings
 from lte_scale.config.schema import Config
@@ -51,12 +53,16 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
     Raises:
         ValueError: for a model that timm does not have or LTE cannot train.
     """
+    norm = layer_norm(config.train.norm, device, compiled=config.train.compile)
     model = build(config.model, num_classes, seed=config.seed)
     if device.type == "cpu":
         _plain_attention(model)
     heads = attach(model, config.adapters, collectives.topology.my_heads, seed=config.seed)
     for layer in heads.linears.values():
         layer.folded = folds(heads.mode, collectives.topology, config.base)
+    for module in model.modules():
+        if isinstance(module, ReplicaNorm):
+            module.layer_norm = norm
     flops = training_flops(model, heads, config.model.image_size)
     blocks = wrap_blocks(
         model, checkpoint_activations=config.train.checkpoint_activations, compile=config.train.compile

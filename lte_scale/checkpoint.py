@@ -33,7 +33,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -132,13 +133,21 @@ class Checkpoints:
                 shutil.rmtree(stale, ignore_errors=True)
 
     def save(
-        self, pieces: Pieces, state: Mapping[str, Any], config_text: str, *, top1: float | None, wait: bool
+        self,
+        pieces: Pieces,
+        state: Mapping[str, Any],
+        config_text: str,
+        *,
+        top1: float | None,
+        wait: bool,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         """Copy everything now and write it, in the background unless `wait` or configured otherwise.
 
-        A save that fails warns and leaves training and earlier checkpoints as they were.
+        A save that fails warns and leaves training and earlier checkpoints as they were. `meanwhile` is called now and
+        then while this waits for a save, and so for all ranks.
         """
-        self._finish()
+        self.finish(meanwhile)
         with torch.no_grad(), pieces.merger.editable() as shards:
             tensors = {name: copied(value) for name, value in tensors_of(pieces, shards).items()}
         path = self.run_dir / "checkpoints" / f"step_{state['step']:08d}"
@@ -146,7 +155,7 @@ class Checkpoints:
         described |= {"heads": self.collectives.topology.heads, "position": max(pieces.positions.values())}
         self._saving = self._executor.submit(self._write, path, tensors, described, config_text)
         if wait or not self.config.asynchronous:
-            self._finish()
+            self.finish(meanwhile)
 
     def _write(self, path: Path, tensors: Tensors, state: dict[str, Any], config_text: str) -> None:
         temporary = path.with_name(f".tmp-{path.name}")
@@ -179,11 +188,14 @@ class Checkpoints:
     def poll(self) -> None:
         """Take note of a save that has ended meanwhile."""
         if self._saving is not None and self._saving.done():
-            self._finish()
+            self.finish()
 
-    def _finish(self) -> None:
+    def finish(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Wait for a save in flight."""
         if self._saving is None:
             return
+        while not futures.wait([self._saving], timeout=0.2).done:
+            meanwhile()
         try:
             self._saving.result()
         except RuntimeError as error:
@@ -193,7 +205,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for a save in flight."""
-        self._finish()
+        self.finish()
         self._executor.shutdown()
 
     def find(self, resume: str) -> Path | None:

@@ -65,7 +65,7 @@ def _of_head(pieces: Pieces, index: int, head: int) -> dict[str, Tensor]:
         found[name] = parameter.detach().view(count, -1)[index]
         for moment, value in optimizer.moments(parameter).items():
             found[f"{name}/{moment}"] = value.view(count, -1)[index]
-        found[f"{name}/step"] = optimizer.adamw.state[parameter]["step"]
+        found[f"{name}/step"] = optimizer.adam.state[parameter]["step"]
     for name, layer in heads.linears.items():
         if layer.A_prev is not None and layer.B_prev is not None:
             found |= {f"{name}.A_prev": layer.A_prev[index].view(-1), f"{name}.B_prev": layer.B_prev[index].view(-1)}

@@ -73,6 +73,7 @@ class Merger:
         self.spread = base.scope == "global" and topology.nodes > 1
         self.refined = self.spread and base.gather != "pass"
         self.folded = folds(heads.mode, topology, base)
+        self.exchange = FactorExchange(heads, collectives)
         self.ownership = {name: self._ownership(name) for name in heads.linears}
         stack = 1 if self.resetless else config.every // self.local_every
         self.paths = {
@@ -81,7 +82,6 @@ class Merger:
             )
             for name, own in self.ownership.items()
         }
-        self.exchange = FactorExchange(heads, collectives)
         self.buckets = self._buckets(stack)
         self.history: dict[Bucket, list[Tensor]] = {bucket: [] for bucket in self.buckets}
         self.node_product: dict[str, Tensor] = {}
@@ -99,7 +99,8 @@ class Merger:
     @contextmanager
     def editable(self) -> Iterator[Shards]:
         """The engine's parts of all weights; within, `outer.masters` are what they are even where they alias them."""
-        with torch.no_grad(), self.engine.editable() as shards:
+        exact = torch.autocast(self.exchange.device.type, enabled=False)  # a loop may call this under its own autocast
+        with torch.no_grad(), exact, self.engine.editable() as shards:
             if not self.separate:
                 self.outer.masters.update(shards)
             yield shards

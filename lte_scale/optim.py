@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from lte_scale.adam import build_adam, choose
 from lte_scale.collectives import Collectives
 from lte_scale.config.schema import OptimizerConfig
 from lte_scale.model import Heads
@@ -26,12 +28,17 @@ class HeadOptimizer:
     def __init__(self, heads: Heads, config: OptimizerConfig, collectives: Collectives) -> None:
         self.heads, self.config, self.collectives = heads, config, collectives
         self.parameters: dict[str, nn.Parameter] = heads.parameters()
-        factors = heads.factor_parameters()
-        groups = [
-            {"params": list(factors.values()), "peak": config.lr, "weight_decay": config.weight_decay},
+        device = next(iter(self.parameters.values())).device
+        name = choose(config.name, device)
+        if config.name == "auto":  # packages may differ between ranks, and ranks that share a head step it alike
+            name = collectives.broadcast_object(name)
+        layers = heads.linears.values()
+        groups: list[dict[str, Any]] = [  # what restarts together is one group
+            {"params": [layer.A for layer in layers], "peak": config.lr, "weight_decay": config.weight_decay},
+            {"params": [layer.B for layer in layers], "peak": config.lr, "weight_decay": config.weight_decay},
             {"params": list(heads.replicas.values()), "peak": config.replica_lr, "weight_decay": 0.0},
         ]
-        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+        self.adam = build_adam(name, groups, betas=(config.beta1, config.beta2), eps=config.eps, device=device)
         self.skipped_in_a_row = [0] * len(heads.ids)
 
     def step(self, losses: Tensor, rate: Callable[[float], float] = lambda peak: peak) -> tuple[Tensor, list[bool]]:
@@ -50,12 +57,12 @@ class HeadOptimizer:
         skipped = (~finite).tolist()
         self._scale_gradients(norms, finite, any(skipped))
         kept = self._slices([index for index, bad in enumerate(skipped) if bad])
-        for group in self.adamw.param_groups:
+        for group in self.adam.param_groups:
             group["lr"] = rate(group["peak"])
-        self.adamw.step()
+        self.adam.step()
         for view, index, value in kept:
             view[index].copy_(value)
-        self.adamw.zero_grad()
+        self.adam.zero_grad()
         self.skipped_in_a_row = [n + 1 if bad else 0 for n, bad in zip(self.skipped_in_a_row, skipped, strict=True)]
         return norms, skipped
 
@@ -96,11 +103,8 @@ class HeadOptimizer:
         return kept
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """AdamW's `exp_avg` and `exp_avg_sq` of a parameter, created if it has none yet."""
-        state = self.adamw.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        """AdamW's `exp_avg` and `exp_avg_sq` of a parameter."""
+        state = self.adam.state[parameter]
         return {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
 
     @torch.no_grad()
@@ -112,4 +116,4 @@ class HeadOptimizer:
             if policy == "reset" or (name in self.heads.factor_parameters() and name.endswith(".B")):
                 for moment in self.moments(parameter).values():
                     moment.zero_()
-                self.adamw.state[parameter]["step"].zero_()
+                self.adam.state[parameter]["step"].zero_()

@@ -3,9 +3,9 @@
 Ranks that wait for one another in every step (a *lockstep* group: the node, or the world where the base is gathered
 across nodes) agree by a tiny all-reduce. Between such groups nothing may cross the network while a window lasts, so
 they use the job's key-value store: a group that has a signal sets `stop`; the others look for it twice a second;
-each then announces the step it has reached and all continue to the furthest one. A group that enters a global merge
-announces that too, since it can no longer look: the others then run up to that merge, which they would block
-otherwise.
+each then announces the step it has reached and all continue to the furthest one. A group that waits for all others, in
+a global merge or for a save, announces that too, since it cannot come that far: the others then run up to that step,
+which they would block otherwise.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from lte_scale.collectives import Collectives, Group
 from lte_scale.log import log
 
 _LOOK_EVERY_SECONDS = 0.5
+_REPEATED_SECONDS = 5.0
+"""A signal that comes again so soon is the same one: from the terminal or scheduler, and from the launcher."""
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -46,15 +49,17 @@ class Preemption:
         self.group = min(lockstep.ranks) // lockstep.size
         self.leads = topology.rank == min(lockstep.ranks)
         self._tied = tied_steps
+        self._received_at = 0.0
         self._looked = 0.0
         self._store = dist.distributed_c10d._get_default_store() if self.groups > 1 else None
         self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received:  # asked twice: do not wait for a clean end
+        if not self.received:
+            self.received, self._received_at = number, time.monotonic()
+        elif time.monotonic() - self._received_at > _REPEATED_SECONDS:  # asked again: do not wait for a clean end
             signal.signal(number, self._previous[signal.Signals(number)] or signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = number
 
     def close(self) -> None:
         """Give the signals back."""
@@ -65,11 +70,16 @@ class Preemption:
         """Have all ranks stop after saving, this one with `reason` as its error."""
         self.reason = reason
 
-    def entering_global_merge(self, step: int) -> None:
-        """Announce that this group now waits for all others at `step`, and look as soon as it is through."""
+    def meeting(self, step: int) -> None:
+        """Announce that this group waits at `step` until all others are there, and look as soon as it is through."""
         self._looked = 0.0
         if self._store is not None and self.leads:
             self._store.set(f"lte/at/{self.group}", str(step))
+
+    def waiting(self, step: int) -> None:
+        """Now and then while this group may be waiting for others at `step`: announce it if somebody wants to stop."""
+        if self._store is not None and self.leads and self._store.check(["lte/stop"]):
+            self.meeting(step)
 
     def should_stop(self, step: int) -> bool:
         """Whether all ranks stop after `step`. Collective in the lockstep group, once per step."""

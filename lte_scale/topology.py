@@ -92,7 +92,7 @@ class Topology:
 
 
 def from_environment(heads_per_node: int = 0, environ: Mapping[str, str] = os.environ) -> Topology:
-    """The topology of this process from the variables torchrun sets; a world of one without them.
+    """The topology of this process from the variables of torchrun or DeepSpeed's launcher; without them a world of one.
 
     Args:
         heads_per_node: heads in a node; 0 means one per rank.
@@ -100,16 +100,18 @@ def from_environment(heads_per_node: int = 0, environ: Mapping[str, str] = os.en
     Raises:
         ValueError: if the variables contradict one another, or as `Topology`.
     """
-    world = int(environ.get("WORLD_SIZE", "1"))
-    ranks_per_node = int(environ.get("LOCAL_WORLD_SIZE", "1"))
-    rank = int(environ.get("RANK", "0"))
-    if world % ranks_per_node:
+    world, rank = int(environ.get("WORLD_SIZE", "1")), int(environ.get("RANK", "0"))
+    deepspeed = "CROSS_SIZE" in environ and "LOCAL_WORLD_SIZE" not in environ
+    local = "LOCAL_SIZE" if deepspeed else "LOCAL_WORLD_SIZE"
+    ranks_per_node = int(environ.get(local, "1"))
+    nodes = int(environ["CROSS_SIZE"]) if deepspeed else world // ranks_per_node
+    if world != nodes * ranks_per_node:
         raise ValueError(
-            f"WORLD_SIZE={world} is no multiple of LOCAL_WORLD_SIZE={ranks_per_node}: "
+            f"WORLD_SIZE={world} is not {nodes} nodes of {local}={ranks_per_node}: "
             "every node must run the same number of ranks"
         )
     return Topology(
-        nodes=world // ranks_per_node,
+        nodes=nodes,
         ranks_per_node=ranks_per_node,
         heads_per_node=heads_per_node or ranks_per_node,
         rank=rank,

@@ -99,19 +99,29 @@ class Trainer:
             results = None
             if everywhere and (last or passed(state.step, schedule.evaluate, state.evaluated_step)):
                 results = self.evaluate()
-            stopping = self.preemption.should_stop(state.step)
-            if due(state.step, self.config.metrics.every, schedule.total) or results or stopping:
-                lr = schedule.lr(self.config.optimizer.lr, state.step)
-                self.recorder.record(state, lr, everywhere=everywhere, evaluation=results)
-            if due(state.step, schedule.checkpoint, schedule.total) or stopping:
-                self.save(top1=results["eval_top1"] if results else None, wait=last or stopping)
+            recorded = bool(due(state.step, self.config.metrics.every, schedule.total) or results)
+            if recorded:
+                self.record(everywhere, results)
+            saved = due(state.step, schedule.checkpoint, schedule.total)
+            if saved:
+                self.save(top1=results["eval_top1"] if results else None, wait=last)
             self.checkpoints.poll()
-            if stopping:
-                if self.preemption.reason:
-                    raise TrainingError(f"{self.preemption.reason}; saved at step {state.step}")
-                log.info("stopped after step %d; the same command resumes", state.step)
-                return 128 + (self.preemption.received or signal.SIGTERM)
+            # Last: a rank that has agreed to go on must not wait for one that has not.
+            if self.preemption.should_stop(state.step):
+                return self.stop(everywhere, recorded=recorded, saved=saved)
         return 0
+
+    def stop(self, everywhere: bool, *, recorded: bool, saved: bool) -> int:
+        """End after this step on all ranks, with a record and a checkpoint. Returns the exit code."""
+        if not recorded:
+            self.record(everywhere, None)
+        if not saved:
+            self.save(top1=None, wait=True)
+        self.checkpoints.finish()
+        if self.preemption.reason:
+            raise TrainingError(f"{self.preemption.reason}; saved at step {self.state.step}")
+        log.info("stopped after step %d; the same command resumes", self.state.step)
+        return 128 + (self.preemption.received or signal.SIGTERM)
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step of every head of this process, over `train.accumulate` micro-batches."""
@@ -179,7 +189,7 @@ class Trainer:
         step, everywhere = self.state.step, self.merger.is_global(self.state.step)
         began = time.perf_counter()
         if everywhere:
-            self.preemption.entering_global_merge(step)
+            self.preemption.meeting(step)
         self.merger.merge(step, decay=self.schedule.master_decay(step) if everywhere else 0.0)
         self.optimizer.restart(self.config.merge.optimizer_state)
         seconds = time.perf_counter() - began
@@ -206,8 +216,21 @@ class Trainer:
             positions=dict.fromkeys(self.heads.ids, self.position),
         )
 
+    def record(self, everywhere: bool, evaluation: dict[str, float] | None) -> None:
+        """Write metrics of the steps since the last record: of the node, or after a global merge of all."""
+        lr = self.schedule.lr(self.config.optimizer.lr, self.state.step)
+        self.recorder.record(self.state, lr, everywhere=everywhere, evaluation=evaluation)
+
     def save(self, *, top1: float | None, wait: bool) -> None:
-        self.checkpoints.save(self.pieces(), asdict(self.state), dump(self.config), top1=top1, wait=wait)
+        """Save after this step, when the save before is through."""
+        self.checkpoints.save(
+            self.pieces(),
+            asdict(self.state),
+            dump(self.config),
+            top1=top1,
+            wait=wait,
+            meanwhile=lambda: self.preemption.waiting(self.state.step),
+        )
 
     def resume(self) -> None:
         """Load the checkpoint that `resume` names, if there is one."""

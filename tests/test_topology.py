@@ -39,3 +39,25 @@ def test_environment() -> None:
     assert from_environment(0, {}) == Topology()
     with pytest.raises(ValueError, match="same number of ranks"):
         from_environment(0, {"WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "2", "RANK": "0"})
+
+
+def test_environment_of_deepspeeds_launcher() -> None:
+    environ = {
+        "WORLD_SIZE": "4",
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "LOCAL_SIZE": "2",
+        "CROSS_RANK": "1",
+        "CROSS_SIZE": "2",
+    }
+    assert from_environment(0, environ) == Topology(nodes=2, ranks_per_node=2, heads_per_node=2, rank=3)
+    # What torchrun sets for its own ranks holds, wherever it was started.
+    nested = {**environ, "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
+    assert from_environment(0, nested) == Topology(ranks_per_node=8, heads_per_node=8, rank=3)
+    assert from_environment(0, {"LOCAL_SIZE": "2"}) == Topology()
+
+
+@pytest.mark.parametrize("local", ["1", "3"])
+def test_nodes_with_unequal_slots_are_refused_on_every_node(local: str) -> None:
+    with pytest.raises(ValueError, match=rf"WORLD_SIZE=4 is not 2 nodes of LOCAL_SIZE={local}: every node must run"):
+        from_environment(0, {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_SIZE": local, "CROSS_SIZE": "2"})

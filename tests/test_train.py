@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -235,3 +236,28 @@ def test_the_example_loop_learns(tmp_path: Path) -> None:
     output = subprocess.check_output([sys.executable, str(copy)], text=True, stderr=subprocess.STDOUT, env=alone)
     accuracy = float(output.split("merged model: ")[1].split("%")[0])
     assert accuracy > 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_stopped_at_any_moment(digits: Path, uninterrupted: Path, tmp_path: Path, asynchronous: str) -> None:
+    """SIGTERM at moments of no choosing, nodes some ms apart, where nearly every step meets the other node."""
+    run_dir = tmp_path / "stopped"
+    often = [*INTERRUPTED, "metrics.every=1", "checkpoint.every=1", f"checkpoint.asynchronous={asynchronous}"]
+    delays = random.Random(0)
+    for _ in range(4):
+        job = start(command(digits, run_dir, *often))
+        step = int(whole_checkpoints(run_dir)[-1].name.removeprefix("step_")) if run_dir.exists() else 0
+        wait_for_step(job, run_dir, step + 1)
+        time.sleep(delays.uniform(0, 0.4))
+        began = time.monotonic()
+        job.send_signal(signal.SIGTERM)
+        job.communicate(timeout=60)
+        assert job.returncode in (0, 128 + signal.SIGTERM)
+        assert time.monotonic() - began < 15
+        assert whole_checkpoints(run_dir)[-1].name == f"step_{records(run_dir)[-1]['step']:08d}"
+        if records(run_dir)[-1]["step"] == 40:
+            break
+    finish(start(command(digits, run_dir, *often)))
+    ours, theirs = tensors(whole_checkpoints(run_dir)[-1]), tensors(whole_checkpoints(uninterrupted)[-1])
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []

@@ -138,7 +138,12 @@ class MergeConfig:
 class OptimizerConfig:
     """AdamW over the factors and replica parameters of every head."""
 
-    name: str = option("adamw", "Optimizer of the heads: adamw (fused where torch has it).", one_of=("adamw",))
+    name: str = option(
+        "adamw",
+        "adamw: torch's, fused; apex: NVIDIA's FusedAdam; deepspeed: FusedAdam, on a CPU DeepSpeedCPUAdam; auto: the "
+        "fastest that is there, so a resumed run may take another one where packages have changed.",
+        one_of=("auto", "adamw", "apex", "deepspeed"),
+    )
     lr: float = option(1e-3, "Peak learning rate of the factors.", above=0)
     replica_lr: float = option(1e-3, "Peak learning rate of biases, norms, tokens and position embeddings.", above=0)
     beta1: float = option(0.9, "Decay of the first moment.", least=0, most=0.99999)
@@ -169,6 +174,12 @@ class TrainConfig:
         "bf16",
         "bf16: autocast and bf16 compute copies over fp32 masters; fp32: everything in fp32.",
         one_of=("bf16", "fp32"),
+    )
+    norm: str = option(
+        "torch",
+        "LayerNorm by torch or by NVIDIA's apex (whose output is bf16 under precision bf16, where torch's is fp32); "
+        "auto: apex on CUDA where it is there and compile is off.",
+        one_of=("auto", "torch", "apex"),
     )
     compile: bool = option(False, "torch.compile every transformer block.")
     checkpoint_activations: bool = option(False, "Recompute each block's activations in the backward pass.")

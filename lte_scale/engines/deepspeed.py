@@ -46,14 +46,23 @@ class DeepSpeedEngine:
         device: torch.device,
         compute_dtype: torch.dtype,
     ) -> None:
-        """`settings`: the DeepSpeed JSON (`lte_scale.config.deepspeed`)."""
+        """`settings`: the DeepSpeed JSON (`lte_scale.config.deepspeed`).
+
+        Raises:
+            ValueError: if DeepSpeed is not installed or refuses the settings.
+        """
         deepspeed = _imported(device, collectives.topology)
         self.model, self.rank = model, collectives.topology.rank
         self.group = collectives.world if base.scope == "global" and base.gather == "pass" else collectives.node
         self.weights: dict[str, Any] = {}
-        zero = deepspeed.zero.Init(
-            data_parallel_group=self.group.process_group, config_dict_or_path=dict(settings), dtype=compute_dtype
-        )
+        try:
+            zero = deepspeed.zero.Init(
+                data_parallel_group=self.group.process_group, config_dict_or_path=dict(settings), dtype=compute_dtype
+            )
+        except (ValueError, AssertionError) as error:  # pydantic's have many lines
+            raise ValueError(
+                f"engine.deepspeed_config: DeepSpeed refuses it: {' '.join(str(error).split())}"
+            ) from error
         for name, layer in heads.linears.items():
             # One at a time: a rank holds one whole weight. Init(module=...) would send each of them to all ranks.
             whole = torch.full_like(layer.base.weight, math.nan, dtype=compute_dtype, device=device)

@@ -1,0 +1,169 @@
+"""Nodes for tests of launchers that log in: network namespaces with an sshd each, a root that may go from one to all.
+
+A node has its own network, host name, /etc/hosts, /etc/ssh and process ids. Nothing of this machine's ssh is used or
+changed, and all of it ends with the process that made it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "launchers"))
+
+from emulate import ETC, Network  # noqa: E402
+
+NEEDS = ("ip", "tc", "ssh", "ssh-keygen", "sshd", "pdsh", "pkill", "unshare")
+SSHD_EMPTY = Path("/run/sshd")
+_PR_SET_PDEATHSIG = 1
+_CLIENT = """
+Host *
+    IdentityFile {folder}/key
+    IdentitiesOnly yes
+    StrictHostKeyChecking no
+    UserKnownHostsFile /dev/null
+    GlobalKnownHostsFile /dev/null
+    LogLevel ERROR
+"""
+_SERVER = """
+HostKey {folder}/host_key
+PidFile none
+AuthorizedKeysFile {folder}/key.pub
+StrictModes no
+PermitRootLogin prohibit-password
+PasswordAuthentication no
+UsePAM no
+"""
+
+
+def missing() -> str:
+    """What this machine lacks for a cluster, or nothing."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    tools = [tool for tool in NEEDS if shutil.which(tool, path=path) is None]
+    return ", ".join([*tools, *(["root"] if os.geteuid() else [])])
+
+
+class Cluster:
+    """`nodes` nodes named node0, node1, ... A context manager that leaves nothing behind.
+
+    Attributes:
+        hostfile: names the nodes with `slots` slots each.
+    """
+
+    def __init__(self, folder: Path, nodes: int = 2, slots: int = 2) -> None:
+        self.folder, self.names = folder, [f"node{node}" for node in range(nodes)]
+        self.network = Network(nodes, mbit=1000)
+        self.hostfile = folder / "hostfile"
+        self.hostfile.write_text("".join(f"{name} slots={slots}\n" for name in self.names))
+        self.servers: list[subprocess.Popen[bytes]] = []
+        self.made: list[Path] = []
+
+    def __enter__(self) -> Cluster:
+        try:
+            for key in ("key", "host_key"):
+                words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / key)]
+                subprocess.run(words, check=True)
+            if not SSHD_EMPTY.exists():  # where sshd puts itself away until a client has logged in
+                SSHD_EMPTY.mkdir()
+                self.made = [SSHD_EMPTY]
+            self.network.__enter__()
+            for node, namespace in enumerate(self.network.namespaces):
+                etc = ETC / namespace / "ssh"  # `ip netns exec` lays this over /etc/ssh
+                etc.mkdir()
+                (etc / "ssh_config").write_text(_CLIENT.format(folder=self.folder))
+                (etc / "sshd_config").write_text(_SERVER.format(folder=self.folder))
+                self.servers.append(self._serve(node))
+            self._wait_for_servers()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def _serve(self, node: int) -> subprocess.Popen[bytes]:
+        # Process ids of its own: DeepSpeed ends its agents by name, and would end those of other jobs here.
+        alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        command = [*self.network.command(node), *alone, str(shutil.which("sshd", path="/usr/sbin:/sbin")), "-D", "-e"]
+        with (self.folder / f"sshd{node}.log").open("wb") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_die_with_us,
+            )
+
+    def _wait_for_servers(self) -> None:
+        until = time.monotonic() + 20
+        for name in self.names:
+            while self.start(0, ["ssh", name, "true"]).wait():
+                assert time.monotonic() < until, (self.folder / f"sshd{name[4:]}.log").read_text()
+                time.sleep(0.1)
+
+    def start(
+        self, node: int, command: Sequence[str], environ: Mapping[str, str] | None = None, *, cwd: Path | None = None
+    ) -> subprocess.Popen[str]:
+        """Run `command` on a node's network, under its name. The process is that of `command` itself."""
+        return subprocess.Popen(
+            [*self.network.command(node), *command],
+            cwd=cwd,
+            env={**os.environ, **(environ or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+        )
+
+    def processes(self, *words: str) -> dict[int, str]:
+        """Commands by process id on all nodes, of those that hold all `words`; the servers themselves left out."""
+        servers = {server.pid for server in self.servers}
+        found = {}
+        for namespace in self.network.namespaces:
+            for pid in map(int, subprocess.check_output(["ip", "netns", "pids", namespace], text=True).split()):
+                try:
+                    parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+                    command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                except OSError:
+                    continue
+                if not servers & {pid, parent} and all(word in command for word in words):
+                    found[pid] = command
+        return found
+
+    def kill(self, *words: str) -> int:
+        """kill -9 of the processes whose command holds all `words`. Returns how many there were."""
+        found = self.processes(*words)
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+        return len(found)
+
+    def wait_until_empty(self, seconds: float) -> dict[int, str]:
+        """What is left on the nodes after at most so many seconds."""
+        until = time.monotonic() + seconds
+        while (left := self.processes()) and time.monotonic() < until:
+            time.sleep(0.1)
+        return left
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for server in self.servers:  # with it every process that has its process ids
+            server.kill()
+            server.wait()
+        self.kill()  # what was started here and not through sshd
+        self.network.__exit__(None, None, None)
+        for path in self.made:
+            path.rmdir()
+
+
+def _die_with_us() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
