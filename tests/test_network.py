@@ -1,4 +1,4 @@
-"""Our count of what leaves a node against the kernel's, on throttled links between network namespaces."""
+"""Our count of what leaves a node against the kernel's, on throttled links between network namespaces; and when."""
 
 from __future__ import annotations
 
@@ -50,3 +50,19 @@ def test_what_we_count_is_what_the_kernel_counts(tmp_path: Path, overrides: list
     assert counted > 10e6
     # Headers, acknowledgements, start-up and the checkpoint's plans come on top: a few per cent and less than 1 MB.
     assert counted < kernel[0] < 1.08 * counted + 1e6
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_no_weight_crosses_the_nodes_between_merges(tmp_path: Path, engine: str) -> None:
+    """One base over all nodes, a copy in each: 36 more steps in a window send less than a tenth of it."""
+    assert main(["shards", "digits", str(tmp_path / "data")]) == 0
+    sent = {}
+    for steps in (4, 40):
+        window = [f"merge={{every: {steps}, local_every: {steps}}}", f"train.duration={steps}"]
+        place = [f"engine={engine}", "base={scope: global, gather: node}"]
+        kernel, _ = train(tmp_path / "data", tmp_path / f"run{steps}", *place, *window)
+        sent[steps] = kernel
+    base_bytes = 2 * 3_145_728  # four blocks of 12 x 256 x 256 weights in bf16
+    for few, many in zip(sent[4], sent[40], strict=True):
+        assert few > base_bytes / 2  # the merge and its refresh
+        assert many - few < base_bytes / 10
