@@ -1,4 +1,4 @@
-"""On a CUDA device: the same learning as on the CPU, and the merged model learns in bf16."""
+"""On a CUDA device: the same learning as on the CPU, in bf16, with offloaded weights and with either engine."""
 
 from __future__ import annotations
 
@@ -36,3 +36,26 @@ def test_bf16_learns(tmp_path: Path, extra: str) -> None:
     assert main(["shards", "digits", str(tmp_path / "data")]) == 0
     seen = losses(tmp_path / "data", tmp_path / "run", "train.device=cuda", "train.duration=200", extra)
     assert seen[-1] < 0.7 * seen[0]
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+@pytest.mark.parametrize("mode", ["reset", "resetless"])
+def test_offload_changes_no_loss(tmp_path: Path, engine: str, mode: str) -> None:
+    """Parts in CPU memory, factors and products on the device: local merges, momentum and folding meet both."""
+    if engine == "deepspeed":
+        pytest.importorskip("deepspeed")
+    assert main(["shards", "digits", str(tmp_path / "data")]) == 0
+    same = [f"engine={engine}", f"adapters.mode={mode}", "train.device=cuda", "train.duration=16", "base.gather=pass"]
+    same += ["merge={every: 8, local_every: 4, outer: nesterov}", "train.ema_decay=0.5", "train.precision=fp32"]
+    kept = losses(tmp_path / "data", tmp_path / "kept", *same)
+    offloaded = losses(tmp_path / "data", tmp_path / "offloaded", *same, "base.offload=cpu")
+    assert offloaded == pytest.approx(kept, rel=1e-5)
+
+
+def test_deepspeed_learns_what_fsdp_learns(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    assert main(["shards", "digits", str(tmp_path / "data")]) == 0
+    same = ["train.device=cuda", "train.duration=40"]
+    fsdp = losses(tmp_path / "data", tmp_path / "fsdp", *same)
+    deepspeed = losses(tmp_path / "data", tmp_path / "deepspeed", *same, "engine=deepspeed")
+    assert deepspeed == pytest.approx(fsdp, rel=1e-2)
