@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from lte_scale import log as logs
 from lte_scale.checkpoint import check_writable
 from lte_scale.collectives import Collectives
 from lte_scale.config import check_topology, check_training, dump, load_config
+from lte_scale.config.deepspeed import settings
 from lte_scale.config.schema import Config
 from lte_scale.engines.deepspeed import check_installed
 from lte_scale.topology import Topology, from_environment
@@ -79,6 +81,8 @@ def train(config: Config, topology: Topology, device: torch.device) -> int:
                 return REFUSED
             if topology.rank == 0:
                 (run_dir / "config.yaml").write_text(dump(config))
+                if config.engine.name == "deepspeed":
+                    (run_dir / "deepspeed.json").write_text(json.dumps(settings(config, topology), indent=2) + "\n")
                 _announce(config, topology, device)
             return trainer.run()
     except TrainingError as error:

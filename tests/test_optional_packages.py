@@ -112,19 +112,24 @@ def lte_scale(*arguments: str, flags: tuple[str, ...] = (), **environment: str) 
     )
 
 
-def test_deepspeed_not_installed_is_one_line(tmp_path: Path, digits: Path) -> None:
+@pytest.mark.parametrize(
+    ("override", "otherwise"),
+    [("optimizer.name=deepspeed", "; or use optimizer.name=adamw"), ("engine.name=deepspeed", ", or use engine=fsdp")],
+)
+def test_deepspeed_not_installed_is_one_line(tmp_path: Path, digits: Path, override: str, otherwise: str) -> None:
     """In an environment of all the packages of this one but DeepSpeed."""
     site = tmp_path / "site"
     site.mkdir()
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
         if not entry.name.startswith("deepspeed"):
             (site / entry.name).symlink_to(entry)
-    run = words(digits, tmp_path / "run", "optimizer.name=deepspeed")
+    run = words(digits, tmp_path / "run", override)
     done = lte_scale(*run, flags=("-S",), PYTHONPATH=str(site))
     assert done.returncode == 2, done.stderr
+    key = override.partition("=")[0]
     assert done.stderr == (
-        "lte-scale: optimizer.name: 'deepspeed' needs the package deepspeed; install it with pip install "
-        "'lte-scale[deepspeed]'; or use optimizer.name=adamw\n"
+        f"lte-scale: {key}: 'deepspeed' needs the package deepspeed; install it with pip install "
+        f"'lte-scale[deepspeed]'{otherwise}\n"
     )
 
 
