@@ -43,15 +43,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from lte_scale.collectives import Collectives
 from lte_scale.config.schema import CheckpointConfig
 from lte_scale.contents import Pieces, Tensors, carries_over, check_model, copied, copy_in, take_positions, tensors_of
 from lte_scale.log import log
+from lte_scale.storage import read_metadata, read_tensors, reason
 
 _NAME = re.compile(r"step_(\d{8,})")
 _ABOUT = ("top1", "topology", "format", "heads", "position")  # in train_state.json besides the trainer's own state
@@ -171,7 +170,7 @@ class Checkpoints:
         except BaseException as error:  # DCP's CheckpointException is no Exception
             if self.first:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise RuntimeError(f"checkpoint {path.name} could not be written: {_reason(error)}") from error
+            raise RuntimeError(f"checkpoint {path.name} could not be written: {reason(error)}") from error
 
     def _retain(self) -> None:
         """Keep the last ones and the best; the newest is always among them."""
@@ -236,7 +235,7 @@ class Checkpoints:
         topology = self.collectives.topology
         same_place = state["topology"] == {**asdict(topology), "rank": 0}
         same_heads = state["heads"] == topology.heads
-        metadata = FileSystemReader(path).read_metadata()
+        metadata = read_metadata(path)
         merger = pieces.merger
         with torch.no_grad(), merger.editable() as shards:
             check_model(metadata, pieces, path)
@@ -244,7 +243,7 @@ class Checkpoints:
             chosen = {n: t for n, t in wanted.items() if carries_over(n, same_place=same_place, same_heads=same_heads)}
             self._drop_what_is_missing(chosen, metadata, path)
             staged = {name: copied(value) for name, value in chosen.items()}
-            dcp_load(staged, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
+            read_tensors(staged, path, group=self.group, alone=self.group is None)
             late = {n for n in staged if n.startswith(("node/", "product/"))}
             copy_in({n: t for n, t in staged.items() if n not in late}, chosen)
         self._load_history(path, metadata, pieces, same_place)
@@ -281,7 +280,7 @@ class Checkpoints:
             stored = metadata.state_dict_metadata[name]
             assert isinstance(stored, TensorStorageMetadata)
             found[name] = torch.empty(stored.size)
-        dcp_load(found, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
+        read_tensors(found, path, group=self.group, alone=self.group is None)
         device = next(iter(pieces.heads.parameters().values())).device
         for number, bucket in enumerate(pieces.merger.buckets):
             mine = sorted(n for n in found if n.startswith(f"{prefix}{number:04d}/"))
@@ -291,12 +290,3 @@ class Checkpoints:
 def _read_state(path: Path) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((path / "train_state.json").read_text())
     return state
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause, in one line."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        rank, (cause, _) = next(iter(failures.items()))
-        return f"rank {rank}: {_reason(cause)}"
-    return f"{type(error).__name__}: {error}".splitlines()[0]

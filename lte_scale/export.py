@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,13 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from lte_scale.checkpoint import best_checkpoint, resolve
 from lte_scale.config import Config, load_config
 from lte_scale.data import evaluation_batches, open_index
 from lte_scale.evaluate import results, score
 from lte_scale.model import attach, build
+from lte_scale.storage import read_metadata, read_tensors
 
 
 def load_merged(checkpoint: Path, *, average: bool = False) -> tuple[Config, int, dict[str, Tensor]]:
@@ -33,7 +31,7 @@ def load_merged(checkpoint: Path, *, average: bool = False) -> tuple[Config, int
         ValueError: if the checkpoint holds no moving average.
     """
     config = load_config(checkpoint / "config.yaml")
-    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    stored = read_metadata(checkpoint).state_dict_metadata
     base, replica = ("average", "replica_average") if average else ("master", "replica_master")
     if not any(name.startswith(f"{base}/") for name in stored):
         raise ValueError(f"{checkpoint}: holds no moving average; train with train.ema_decay above 0")
@@ -44,9 +42,7 @@ def load_merged(checkpoint: Path, *, average: bool = False) -> tuple[Config, int
     heads = attach(model, config.adapters, range(1), seed=config.seed)
     tensors = {f"{base}/{name}": torch.empty(shape.numel()) for name, shape in heads.weight_shapes.items()}
     tensors |= {f"{replica}/{name}": torch.empty(shape.numel()) for name, shape in heads.replica_shapes.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp_load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    read_tensors(tensors, checkpoint, alone=True)
     state |= {f"{name}.weight": tensors[f"{base}/{name}"].view(shape) for name, shape in heads.weight_shapes.items()}
     state |= {name: tensors[f"{replica}/{name}"].view(shape) for name, shape in heads.replica_shapes.items()}
     return config, classes, state

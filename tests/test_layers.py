@@ -16,7 +16,7 @@ LAYERS: dict[int, set[str]] = {
     1: {"topology", "collectives", "apex"},
     2: {"adapters", "initial", "model", "cost"},
     3: {"archive", "augment", "damage", "data", "index", "loader", "order", "reading", "shards", "sources"},
-    4: {"engines", "adam", "optim"},
+    4: {"engines", "adam", "optim", "storage"},
     5: {"merge", "evaluate", "checkpoint", "metrics", "report", "preemption"},
     6: {
         "assemble",

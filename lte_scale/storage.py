@@ -1,0 +1,95 @@
+"""Reading a checkpoint's files: tensors and a table of them, no code; what is damaged is named."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+
+_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_ENTRIES = {
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "Metadata",
+    "MetadataIndex",
+    "StorageMeta",
+    "TensorProperties",
+    "TensorStorageMetadata",
+    "_MEM_FORMAT_ENCODING",
+}
+_NAMES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """torch pickles the table: allow the classes of its entries and nothing that runs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        entry = module in _MODULES and (name.startswith("_StorageInfo") or name in _ENTRIES)
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if entry or dtype or (module, name) in _NAMES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint")
+
+
+class _Reader(FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            with path.open("rb") as file:
+                metadata: Metadata = _Unpickler(file).load()
+        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, IndexError, ValueError, KeyError) as error:
+            raise ValueError(f"{path}: cannot be read ({error})") from error
+        metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
+        return metadata
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Which tensors a checkpoint holds, and where.
+
+    Raises:
+        ValueError: naming the file, if it is damaged or is no such table.
+    """
+    return _Reader(path).read_metadata()
+
+
+def read_tensors(
+    into: Mapping[str, Tensor], path: Path, *, group: dist.ProcessGroup | None = None, alone: bool = False
+) -> None:
+    """Fill tensors from a checkpoint, by key. Collective in `group` unless `alone`.
+
+    Raises:
+        ValueError: naming the checkpoint, if a file of it is damaged or missing.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp_load(dict(into), storage_reader=_Reader(path), process_group=group, no_dist=alone)
+    except BaseException as error:  # DCP's CheckpointException is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise ValueError(
+            f"{path}: is damaged ({reason(error)}); name another checkpoint, or delete it to go on from the one before"
+        ) from error
+
+
+def reason(error: BaseException) -> str:
+    """The innermost cause, in one line."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, (cause, _) = next(iter(failures.items()))
+        return f"rank {rank}: {reason(cause)}"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
