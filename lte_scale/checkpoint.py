@@ -38,7 +38,7 @@ from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -123,7 +123,9 @@ class Checkpoints:
         self.first = collectives.topology.rank == 0
         world = collectives.topology.world_size
         # Its own group: a background save must not mix its messages with the training's.
-        self.group = dist.new_group(list(range(world)), backend="gloo") if world > 1 else None
+        self.group: dist.ProcessGroup | None = None
+        if world > 1:
+            self.group = cast("dist.ProcessGroup", dist.new_group(list(range(world)), backend="gloo"))
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a world of one needs no group
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
