@@ -158,3 +158,32 @@ def test_either_engine_resumes_the_other(
         for name, value in whole.items():
             if not name.startswith(CUT):
                 torch.testing.assert_close(tensors[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def moved_in_half_precision(rank: int, config: Config) -> dict[str, tuple[int, torch.Tensor]]:
+    """This rank's parts of what the masters have moved by after three windows."""
+    run = Run(config)
+    with run.merger.editable():
+        start = {name: master.clone() for name, master in run.merger.outer.masters.items()}
+    for step in range(1, 3 * EVERY + 1):
+        with torch.autocast("cpu", torch.bfloat16):
+            run.step(step)
+    with run.merger.editable():
+        return {
+            name: (own.own[0], run.merger.outer.masters[name] - start[name])
+            for name, own in run.merger.ownership.items()
+        }
+
+
+@pytest.mark.parametrize("place", [PLACES[0], PLACES[3]])
+def test_half_precision_moves_the_masters_as_fsdp_does(zero4: DistributedPool, place: tuple[str, str]) -> None:
+    """Masters are fp32 with either engine: what bf16 partitions would lose in small merges is not lost."""
+    fsdp = configuration("reset", 2, place, "dense", 0, "average")
+    fsdp = dataclasses.replace(fsdp, train=dataclasses.replace(fsdp.train, precision="bf16"))
+    wholes = []
+    for config in (fsdp, with_deepspeed(fsdp)):
+        outcomes = zero4.run(moved_in_half_precision, config, ranks_per_node=2)
+        wholes.append(joined([(parts, {}, True) for parts in outcomes]))
+    for name, moved in wholes[0].items():
+        assert moved.norm() > 0
+        assert (wholes[1][name] - moved).norm() < 0.02 * moved.norm(), name
