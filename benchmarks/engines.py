@@ -4,7 +4,8 @@
     benchmarks/engines.py                                                   2 nodes x 2 ranks on this machine's CPU
     benchmarks/engines.py --device cuda --nodes 1 --ranks-per-node 1        one GPU
 
-Writes benchmarks/results/engines_DEVICE.json (every run's figures, versions, date, commit) and prints the table.
+Writes benchmarks/results/engines_DEVICE.json (every run's figures, versions, date, commit) and the table of
+docs/engines.md.
 `none` is one process without a network, for scale: it is given one head and the cores of one rank.
 """
 
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--ranks-per-node", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--model", default="vit_small_patch16_224")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -165,7 +166,15 @@ def main() -> None:
     }
     path = ROOT / "benchmarks" / "results" / f"engines_{arguments.device}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"\n{table(runs)}\n\n{path.relative_to(ROOT)}")
+    text = (
+        f"{arguments.model}, {arguments.batch_size} images per rank, {arguments.nodes} x {arguments.ranks_per_node} "
+        f"ranks, {result['machine']}, {result['date']}:\n\n{table(runs)}"
+    )
+    print(text)
+    page = ROOT / "docs" / "engines.md"
+    before, mark, rest = page.read_text().partition(f"<!-- engines_{arguments.device} -->\n")
+    if mark:
+        page.write_text(f"{before}{mark}\n{text}\n\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
 
 
 if __name__ == "__main__":

@@ -52,8 +52,10 @@ class DeepSpeedEngine:
             ValueError: if DeepSpeed is not installed or refuses the settings.
         """
         deepspeed = _imported(device, collectives.topology)
-        self.model, self.rank = model, collectives.topology.rank
+        self.model, self.rank, self.device = model, collectives.topology.rank, device
         self.group = collectives.world if base.scope == "global" and base.gather == "pass" else collectives.node
+        if self.group.process_group is None:
+            raise RuntimeError("engine deepspeed needs torch.distributed.init_process_group, even for one process")
         self.weights: dict[str, Any] = {}
         try:
             zero = deepspeed.zero.Init(
@@ -101,6 +103,8 @@ class DeepSpeedEngine:
             partition = self._partition(name)
             if partition.data_ptr() != part.data_ptr():
                 partition.copy_(part)
+        if self.device.type == "cuda":  # DeepSpeed gathers on a stream of its own, which does not wait for this one
+            torch.cuda.current_stream().synchronize()
 
 
 class _Counted:
