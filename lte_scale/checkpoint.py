@@ -22,6 +22,9 @@ Loaded on the same topology, a run continues bit for bit. On another one:
     it differs                          heads are drawn anew, from the masters; the data goes on at the same epoch
     nodes had merged on their own       their progress since the last global merge is dropped
 
+A run that goes on from an earlier checkpoint than its newest, or from none, leaves a course: where it saves, what there
+is of the same or a later step is renamed to step_00001000.superseded. It is neither resumed from nor deleted.
+
 Only tensors and JSON are read: loading executes no code.
 """
 
@@ -42,18 +45,29 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from lte_scale.collectives import Collectives
 from lte_scale.config.schema import CheckpointConfig
-from lte_scale.contents import Pieces, Tensors, carries_over, check_model, copied, copy_in, take_positions, tensors_of
+from lte_scale.contents import (
+    ABOUT,
+    FORMAT,
+    Pieces,
+    Tensors,
+    carries_over,
+    check_all_there,
+    check_model,
+    copied,
+    copy_in,
+    load_history,
+    read_state,
+    take_positions,
+    tensors_of,
+)
 from lte_scale.log import log
 from lte_scale.storage import read_metadata, read_tensors, reason
 
 _NAME = re.compile(r"step_(\d{8,})")
-_ABOUT = ("top1", "topology", "format", "heads", "position")  # in train_state.json besides the trainer's own state
 
 
 def check_writable(run_dir: Path) -> None:
@@ -75,12 +89,18 @@ def check_writable(run_dir: Path) -> None:
 
 def whole_checkpoints(run_dir: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    found = [p for p in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name) and _is_whole(p)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    folder = run_dir / "checkpoints"
+    if not os.path.isdir(folder):  # pathlib's own would raise for a name too long
+        return []
+    return sorted((p for p in folder.glob("step_*") if _NAME.fullmatch(p.name) and _is_whole(p)), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def _is_whole(path: Path) -> bool:
-    return (path / ".metadata").is_file() and (path / "train_state.json").is_file()
+    return all(os.path.isfile(path / name) for name in (".metadata", "train_state.json"))
 
 
 def resolve(location: str) -> Path:
@@ -94,11 +114,9 @@ def resolve(location: str) -> Path:
         return path
     if found := whole_checkpoints(path):
         return found[-1]
-    siblings = whole_checkpoints(path.parent.parent)
-    hint = (
-        f"; the newest of its run is {siblings[-1]}" if siblings else "; name a run directory or one of its checkpoints"
-    )
-    raise ValueError(f"{location}: no checkpoint{hint}")
+    siblings = whole_checkpoints(path.parent.parent) or whole_checkpoints(path.parent)
+    hint = f"the newest of its run is {siblings[-1]}" if siblings else "name a run directory or one of its checkpoints"
+    raise ValueError(f"{location}: no checkpoint; {hint}")
 
 
 def best_checkpoint(run_dir: Path) -> Path:
@@ -107,12 +125,17 @@ def best_checkpoint(run_dir: Path) -> Path:
     Raises:
         ValueError: if none was evaluated.
     """
-    scored = [
-        (top1, path) for path in whole_checkpoints(run_dir) if (top1 := _read_state(path).get("top1")) is not None
-    ]
+    scored = [(top1, path) for path in whole_checkpoints(run_dir) if (top1 := _top1(path)) is not None]
     if not scored:
         raise ValueError(f"{run_dir}: no checkpoint with an evaluation; leave out --best")
     return max(scored)[1]
+
+
+def _top1(path: Path) -> float | None:
+    try:
+        return cast("float | None", read_state(path)["top1"])
+    except ValueError:  # one that is damaged does not hide the best of the others
+        return None
 
 
 class Checkpoints:
@@ -152,7 +175,7 @@ class Checkpoints:
         with torch.no_grad(), pieces.merger.editable() as shards:
             tensors = {name: copied(value) for name, value in tensors_of(pieces, shards).items()}
         path = self.run_dir / "checkpoints" / f"step_{state['step']:08d}"
-        described = {**state, "top1": top1, "topology": asdict(self.collectives.topology), "format": 1}
+        described = {**state, "top1": top1, "topology": asdict(self.collectives.topology), "format": FORMAT}
         described |= {"heads": self.collectives.topology.heads, "position": max(pieces.positions.values())}
         self._saving = self._executor.submit(self._write, path, tensors, described, config_text)
         if wait or not self.config.asynchronous:
@@ -163,16 +186,26 @@ class Checkpoints:
         try:
             dcp_save(tensors, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None)
             if self.first:
-                (temporary / "train_state.json").write_text(json.dumps(state, indent=2) + "\n")
-                (temporary / "config.yaml").write_text(config_text)
-                if path.exists():  # saved twice at one step: the files are equal
-                    shutil.rmtree(path)
+                check_all_there(temporary)
+                _write_synced(temporary / "train_state.json", json.dumps(state, indent=2) + "\n")
+                _write_synced(temporary / "config.yaml", config_text)
+                self._supersede(path)
                 os.rename(temporary, path)
-                self._retain()
         except BaseException as error:  # DCP's CheckpointException is no Exception
             if self.first:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise RuntimeError(f"checkpoint {path.name} could not be written: {reason(error)}") from error
+        if self.first:
+            self._retain()
+
+    def _supersede(self, path: Path) -> None:
+        """Put aside what an earlier course of the run has saved at this step and later ones."""
+        for other in path.parent.glob("step_*"):
+            if _NAME.fullmatch(other.name) and _step(other) >= _step(path):
+                aside = other.with_name(f"{other.name}.superseded")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(other, aside)
+                log.warning("%s is of a course that this run has left: it is now %s", other, aside.name)
 
     def _retain(self) -> None:
         """Keep the last ones and the best; the newest is always among them."""
@@ -183,8 +216,11 @@ class Checkpoints:
                 kept.add(best_checkpoint(self.run_dir))
         for path in set(found) - kept:
             doomed = path.with_name(f".tmp-{path.name}")  # renamed first: half deleted it must not look whole
-            os.rename(path, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            try:
+                os.rename(path, doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                log.warning("%s is one too many and could not be deleted: %s", path, error)
 
     def poll(self) -> None:
         """Take note of a save that has ended meanwhile."""
@@ -233,7 +269,7 @@ class Checkpoints:
         Raises:
             ValueError: if the checkpoint is of another model.
         """
-        state = _read_state(path)
+        state = read_state(path)
         topology = self.collectives.topology
         same_place = state["topology"] == {**asdict(topology), "rank": 0}
         same_heads = state["heads"] == topology.heads
@@ -243,12 +279,17 @@ class Checkpoints:
             check_model(metadata, pieces, path)
             wanted = tensors_of(pieces, shards, loading=True)
             chosen = {n: t for n, t in wanted.items() if carries_over(n, same_place=same_place, same_heads=same_heads)}
-            self._drop_what_is_missing(chosen, metadata, path)
-            staged = {name: copied(value) for name, value in chosen.items()}
+            missing = [name for name in chosen if name not in metadata.state_dict_metadata]
+            if missing:
+                kinds = sorted({name.partition("/")[0] for name in missing})
+                self._say(f"{path} holds no {', '.join(kinds)}: they start anew")
+            staged = {name: copied(value) for name, value in chosen.items() if name not in missing}
             read_tensors(staged, path, group=self.group, alone=self.group is None)
+            averages = [name for name in missing if name.startswith(("average/", "replica_average/"))]
+            staged |= {name: staged[name.replace("average/", "master/", 1)] for name in averages}
             late = {n for n in staged if n.startswith(("node/", "product/"))}
             copy_in({n: t for n, t in staged.items() if n not in late}, chosen)
-        self._load_history(path, metadata, pieces, same_place)
+        load_history(path, metadata, pieces, group=self.group, same_place=same_place)
         take_positions(pieces, staged, state, topology.heads)
         if not same_heads:
             self._say(f"{state['heads']} heads are now {topology.heads}: they are drawn anew from the merged weights")
@@ -260,35 +301,16 @@ class Checkpoints:
         with torch.no_grad(), merger.editable() as shards:
             targets = tensors_of(pieces, shards, loading=True)
             copy_in({n: staged[n] for n in late}, {n: targets[n] for n in late})
-        return {key: value for key, value in state.items() if key not in _ABOUT}
+        return {key: value for key, value in state.items() if key not in ABOUT}
 
     def _say(self, message: str) -> None:
         if self.first:
             log.warning(message)
 
-    def _drop_what_is_missing(self, chosen: Tensors, metadata: Metadata, path: Path) -> None:
-        missing = [name for name in chosen if name not in metadata.state_dict_metadata]
-        for name in missing:
-            del chosen[name]
-        kinds = sorted({name.partition("/")[0] for name in missing})
-        if kinds:
-            self._say(f"{path} holds no {', '.join(kinds)}: they start anew")
 
-    def _load_history(self, path: Path, metadata: Metadata, pieces: Pieces, same_place: bool) -> None:
-        prefix = f"history/{self.collectives.topology.rank}/"
-        names = sorted(n for n in metadata.state_dict_metadata if n.startswith(prefix)) if same_place else []
-        found: dict[str, Tensor] = {}
-        for name in names:
-            stored = metadata.state_dict_metadata[name]
-            assert isinstance(stored, TensorStorageMetadata)
-            found[name] = torch.empty(stored.size)
-        read_tensors(found, path, group=self.group, alone=self.group is None)
-        device = next(iter(pieces.heads.parameters().values())).device
-        for number, bucket in enumerate(pieces.merger.buckets):
-            mine = sorted(n for n in found if n.startswith(f"{prefix}{number:04d}/"))
-            pieces.merger.history[bucket] = [found[n].to(device) for n in mine]
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((path / "train_state.json").read_text())
-    return state
+def _write_synced(path: Path, text: str) -> None:
+    """On the disk before it is renamed, or a power failure leaves a checkpoint of empty files."""
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,13 +1,16 @@
-"""What a checkpoint holds: every tensor of a run by its key, and what of it carries over to another topology."""
+"""What a checkpoint holds: every tensor of a run by its key, the state; and what carries over to another topology."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -15,8 +18,13 @@ from lte_scale.flat import FlatPart
 from lte_scale.merge import Merger
 from lte_scale.model import Heads
 from lte_scale.optim import HeadOptimizer
+from lte_scale.storage import read_metadata, read_tensors
 
 Tensors = dict[str, Tensor]
+
+FORMAT = 1
+ABOUT = ("top1", "topology", "format", "heads", "position")
+"""In train_state.json besides the trainer's own state."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ def _of_head(pieces: Pieces, index: int, head: int) -> dict[str, Tensor]:
 def carries_over(name: str, *, same_place: bool, same_heads: bool) -> bool:
     """Whether the tensor of this key means the same where nodes, ranks or heads are others."""
     kind = name.partition("/")[0]
-    return same_place if kind == "node" else same_heads if kind == "head" else True
+    return same_place if kind == "node" else same_heads if kind in ("head", "product") else True
 
 
 def copied(value: Tensor) -> Tensor:
@@ -106,8 +114,57 @@ def take_positions(pieces: Pieces, staged: Tensors, state: Mapping[str, Any], he
             pieces.positions[head] = int(state["position"]) * int(state["heads"]) // heads
 
 
+def load_history(
+    path: Path, metadata: Metadata, pieces: Pieces, *, group: dist.ProcessGroup | None, same_place: bool
+) -> None:
+    """The factors of earlier local merges of the window, where they mean the same. Collective."""
+    prefix = f"history/{pieces.merger.topology.rank}/"
+    names = sorted(n for n in metadata.state_dict_metadata if n.startswith(prefix)) if same_place else []
+    found: Tensors = {}
+    for name in names:
+        stored = metadata.state_dict_metadata[name]
+        assert isinstance(stored, TensorStorageMetadata)
+        found[name] = torch.empty(stored.size)
+    read_tensors(found, path, group=group, alone=group is None)
+    device = next(iter(pieces.heads.parameters().values())).device
+    for number, bucket in enumerate(pieces.merger.buckets):
+        mine = sorted(n for n in found if n.startswith(f"{prefix}{number:04d}/"))
+        pieces.merger.history[bucket] = [found[n].to(device) for n in mine]
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The trainer's state in a checkpoint, and what `save` has put beside it.
+
+    Raises:
+        ValueError: naming the file, if it is damaged or of another format.
+    """
+    file = path / "train_state.json"
+    try:
+        state = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); name another checkpoint") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not all(key in state for key in ABOUT):
+        raise ValueError(f"{file}: is no state of a checkpoint of format {FORMAT}; name another checkpoint")
+    return state
+
+
+def check_all_there(path: Path) -> None:
+    """Whether the files of all ranks are where this one sees them.
+
+    Raises:
+        OSError: naming one that is not.
+    """
+    stored = {entry.relative_path for entry in read_metadata(path).storage_data.values()}
+    if absent := sorted(stored - set(os.listdir(path))):
+        raise OSError(f"{absent[0]} of another rank is not there: all nodes must share the file system of run_dir")
+
+
 def check_model(metadata: Metadata, pieces: Pieces, path: Path) -> None:
-    """Whether the checkpoint's layers and parameters are this model's."""
+    """Whether the checkpoint's layers and parameters are this model's, and its heads mean the same.
+
+    Raises:
+        ValueError: naming a tensor that differs, or the mode.
+    """
     merger = pieces.merger
     wanted = {f"master/{name}": own.shape[0] * own.shape[1] for name, own in merger.ownership.items()}
     wanted |= {f"replica_master/{name}": value.numel() for name, value in merger.replicas.outer.masters.items()}
@@ -118,10 +175,15 @@ def check_model(metadata: Metadata, pieces: Pieces, path: Path) -> None:
         if isinstance(entry, TensorStorageMetadata) and name.startswith(("master/", "replica_master/", "head/0/"))
     }
     differing = [name for name in sorted(wanted) if stored.get(name) != wanted[name]]
-    differing += [name for name in sorted(stored) if name.startswith("master/") and name not in wanted]
+    differing += [n for n in sorted(stored) if n.startswith(("master/", "replica_master/")) and n not in wanted]
     if differing:
         name = differing[0]
         raise ValueError(
             f"{path}: is of another model or rank: {name} has {stored.get(name, 'no')} values there and "
             f"{wanted.get(name, 'none')} here ({len(differing)} such tensors); set another run_dir, or resume=never"
+        )
+    mode = "resetless" if any(name.endswith(".A_prev") for name in stored) else "reset"
+    if mode != pieces.heads.mode:  # what resetless heads hold is in the weights already
+        raise ValueError(
+            f"{path}: was trained with adapters.mode={mode}, not {pieces.heads.mode}; set it back, or another run_dir"
         )

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lte_scale.checkpoint import best_checkpoint, resolve
+from lte_scale.collectives import Collectives
 from lte_scale.config import Config, load_config
-from lte_scale.data import evaluation_batches, open_index
-from lte_scale.evaluate import results, score
+from lte_scale.contents import read_state
+from lte_scale.evaluate import Evaluator
 from lte_scale.model import attach, build
 from lte_scale.storage import read_metadata, read_tensors
+from lte_scale.topology import Topology
 
 
 def load_merged(checkpoint: Path, *, average: bool = False) -> tuple[Config, int, dict[str, Tensor]]:
@@ -28,20 +33,26 @@ def load_merged(checkpoint: Path, *, average: bool = False) -> tuple[Config, int
         average: take the moving average instead.
 
     Raises:
-        ValueError: if the checkpoint holds no moving average.
+        ValueError: if the checkpoint is damaged, is not of the model in its config.yaml, or holds no moving average.
     """
     config = load_config(checkpoint / "config.yaml")
     stored = read_metadata(checkpoint).state_dict_metadata
     base, replica = ("average", "replica_average") if average else ("master", "replica_master")
     if not any(name.startswith(f"{base}/") for name in stored):
         raise ValueError(f"{checkpoint}: holds no moving average; train with train.ema_decay above 0")
-    classes = json.loads((checkpoint / "train_state.json").read_text())["classes"]
+    classes = read_state(checkpoint).get("classes")
+    if not isinstance(classes, int):
+        raise ValueError(f"{checkpoint}: its train_state.json names no number of classes, as `lte-scale train` does")
     model = build(config.model, classes, seed=config.seed)
     buffers = {name for name, _ in model.named_buffers()}
     state = {name: tensor for name, tensor in model.state_dict().items() if name in buffers}
     heads = attach(model, config.adapters, range(1), seed=config.seed)
     tensors = {f"{base}/{name}": torch.empty(shape.numel()) for name, shape in heads.weight_shapes.items()}
     tensors |= {f"{replica}/{name}": torch.empty(shape.numel()) for name, shape in heads.replica_shapes.items()}
+    for name, tensor in tensors.items():
+        entry = stored.get(name)
+        if not isinstance(entry, TensorStorageMetadata) or entry.size != tensor.shape:
+            raise ValueError(f"{checkpoint}: {name} is not that of the model in its config.yaml, which was changed")
     read_tensors(tensors, checkpoint, alone=True)
     state |= {f"{name}.weight": tensors[f"{base}/{name}"].view(shape) for name, shape in heads.weight_shapes.items()}
     state |= {name: tensors[f"{replica}/{name}"].view(shape) for name, shape in heads.replica_shapes.items()}
@@ -77,13 +88,16 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def _checkpoint(arguments: argparse.Namespace) -> Path:
-    return best_checkpoint(Path(arguments.source)) if arguments.best else resolve(arguments.source)
+    checkpoint = resolve(arguments.source)
+    return best_checkpoint(Path(arguments.source)) if arguments.best else checkpoint
 
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Write the merged weights; prints how to load them."""
     out: Path = arguments.out
-    if out.exists():
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out}: timm knows safetensors by the extension; write {out}.safetensors")
+    if os.path.lexists(out):
         raise ValueError(f"{out}: exists; choose another file")
     if not out.parent.is_dir():
         raise ValueError(f"{out}: there is no directory {out.parent}; create it first")
@@ -91,25 +105,43 @@ def run_export(arguments: argparse.Namespace) -> int:
     config, classes, state = load_merged(checkpoint, average=arguments.ema)
     metadata = {"format": "pt", "model": config.model.name, "checkpoint": checkpoint.name}
     temporary = out.with_name(f".tmp-{out.name}")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata)
-    temporary.rename(out)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata)
+        temporary.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{out}: cannot be written ({error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     words = "".join(f", {key}={value!r}" for key, value in timm_arguments(config, classes).items())
     print(f"{out}: {sum(t.numel() for t in state.values()):,} values of {checkpoint}; load with")
-    print(f'timm.create_model("{config.model.name}", checkpoint_path="{out}"{words})')
+    print(f"timm.create_model({config.model.name!r}, checkpoint_path={str(out)!r}{words})")
     return 0
 
 
 def run_eval(arguments: argparse.Namespace) -> int:
-    """Print top-1 and top-5 of the merged weights in plain timm."""
+    """Print top-1 and top-5 of the merged weights in plain timm, in the precision of the run."""
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size: is {arguments.batch_size}; allowed: at least 1")
     checkpoint = _checkpoint(arguments)
     config, classes, state = load_merged(checkpoint, average=arguments.ema)
-    model = timm.create_model(config.model.name, **timm_arguments(config, classes))
-    model.load_state_dict(state)
     location = arguments.data or config.data.val
     if not location:
         raise ValueError(f"{checkpoint}: its configuration names no data.val; give validation shards with --data")
-    config = replace(config, data=replace(config.data, val=location))
-    figures = evaluate_alone(model.to(arguments.device), config, classes, arguments.batch_size)
+    config = replace(
+        config,
+        data=replace(config.data, val=location),
+        evaluate=replace(config.evaluate, batch_size=arguments.batch_size),
+    )
+    model = timm.create_model(config.model.name, **timm_arguments(config, classes))
+    model.load_state_dict(state)
+    device = _moved(model, arguments.device)
+    alone = Collectives(Topology(nodes=1, ranks_per_node=1, heads_per_node=1))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
+    evaluator = Evaluator(config, classes, alone, device, autocast)
+    if evaluator.index is not None and evaluator.index.num_classes > classes:
+        raise ValueError(f"{location}: has {evaluator.index.num_classes} classes, the model of {checkpoint} {classes}")
+    figures = evaluator(model)
     print(
         f"{checkpoint}: top-1 {figures['eval_top1']:.2%}  top-5 {figures['eval_top5']:.2%}  "
         f"loss {figures['eval_loss']:.4f}"
@@ -117,19 +149,12 @@ def run_eval(arguments: argparse.Namespace) -> int:
     return 0
 
 
-@torch.no_grad()
-def evaluate_alone(model: nn.Module, config: Config, classes: int, batch_size: int) -> dict[str, float]:
-    """Accuracy of a model on `data.val`, in this process, in the precision of the run."""
-    device = next(model.parameters()).device
-    index = open_index(config.data.val, allow_pipe=config.data.allow_pipe)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    model.eval()
-    for batch in evaluation_batches(
-        index, rank=0, world=1, batch_size=batch_size, image_size=config.model.image_size,
-        channels=config.model.channels, augment=config.augment, data=config.data, num_classes=classes,
-    ):  # fmt: skip
-        images, labels, valid = (t.to(device) for t in (batch.images, batch.labels, batch.valid))
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            logits = model(images)
-        sums += score(logits, labels, valid)
-    return results(sums)
+def _moved(model: nn.Module, name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+        raise ValueError(
+            f"--device: {name} cannot be used ({str(error).splitlines()[0]}); allowed: cpu, cuda"
+        ) from error
+    return device

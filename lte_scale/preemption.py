@@ -34,15 +34,17 @@ class Preemption:
     Attributes:
         received: number of the signal this process got, or 0.
         reason: why this process wants the run to end, if not for a signal.
+        noticed: whether this group knows of a stop.
     """
 
     def __init__(
         self, collectives: Collectives, lockstep: Group, *, tied_steps: int = 0, timeout_seconds: float = 600.0
     ) -> None:
-        """`tied_steps`: for so many calls of `should_stop` all ranks wait for one another, so none may leave."""
+        """`tied_steps`: in so many steps all ranks wait for one another, so none may leave."""
         self.collectives, self.lockstep, self.timeout_seconds = collectives, lockstep, timeout_seconds
         self.received = 0
         self.reason: str | None = None
+        self.noticed = False
         self.last_step: int | None = None
         topology = collectives.topology
         self.groups = topology.world_size // lockstep.size
@@ -77,22 +79,27 @@ class Preemption:
             self._store.set(f"lte/at/{self.group}", str(step))
 
     def waiting(self, step: int) -> None:
-        """Now and then while this group may be waiting for others at `step`: announce it if somebody wants to stop."""
-        if self._store is not None and self.leads and self._store.check(["lte/stop"]):
-            self.meeting(step)
+        """Called now and then while this group may be waiting for others at `step`, after `notice`.
 
-    def should_stop(self, step: int) -> bool:
-        """Whether all ranks stop after `step`. Collective in the lockstep group, once per step."""
+        If another wants to stop it is told where this group will decide: here, or, where it has not noticed, a step on.
+        """
+        if self._store is not None and self.leads and self.last_step is None and self._store.check(["lte/stop"]):
+            self.meeting(step if self.noticed else step + 1)
+
+    def notice(self) -> None:
+        """Let the group know whether one of its ranks is to stop, or has heard of one. Collective in it, every step."""
         if self._tied > 0:
             self._tied -= 1
-            return False
-        if self.last_step is None:
-            noticed = self.received or self.reason or (self.leads and self._look())
-            if not self._maximum(int(bool(noticed))):
-                return False
+        elif not self.noticed:
+            heard = self.received or self.reason or (self.leads and self._look())
+            self.noticed = bool(self._maximum(int(bool(heard))))
+
+    def should_stop(self, step: int) -> bool:
+        """Whether all ranks stop after `step`. Waits for other groups where a stop was noticed."""
+        if self.noticed and self.last_step is None:
             self.last_step = self._maximum(self._negotiate(step) if self.leads else 0)
             log.info("stop requested: all ranks end after step %d", self.last_step)
-        return step >= self.last_step
+        return self.last_step is not None and step >= self.last_step
 
     def _maximum(self, value: int) -> int:
         flag: Tensor = torch.tensor([value])

@@ -99,6 +99,7 @@ class Trainer:
             results = None
             if everywhere and (last or passed(state.step, schedule.evaluate, state.evaluated_step)):
                 results = self.evaluate()
+            self.preemption.notice()
             recorded = bool(due(state.step, self.config.metrics.every, schedule.total) or results)
             if recorded:
                 self.record(everywhere, results)
@@ -106,7 +107,7 @@ class Trainer:
             if saved:
                 self.save(top1=results["eval_top1"] if results else None, wait=last)
             self.checkpoints.poll()
-            # Last: a rank that has agreed to go on must not wait for one that has not.
+            # Last: groups that decide must not keep others waiting in a record or a save.
             if self.preemption.should_stop(state.step):
                 return self.stop(everywhere, recorded=recorded, saved=saved)
         return 0
