@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
@@ -24,6 +24,7 @@ _ENTRIES = {
     "StorageMeta",
     "TensorProperties",
     "TensorStorageMetadata",
+    "_StorageInfo",
     "_MEM_FORMAT_ENCODING",
 }
 _NAMES = {
@@ -38,7 +39,7 @@ class _Unpickler(pickle.Unpickler):
     """torch pickles the table: allow the classes of its entries and nothing that runs."""
 
     def find_class(self, module: str, name: str) -> Any:
-        entry = module in _MODULES and (name.startswith("_StorageInfo") or name in _ENTRIES)
+        entry = module in _MODULES and name in _ENTRIES  # whole names: one with dots would walk to anything
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if entry or dtype or (module, name) in _NAMES:
             return super().find_class(module, name)
@@ -50,10 +51,12 @@ class _Reader(FileSystemReader):
         path = Path(self.path) / ".metadata"
         try:
             with path.open("rb") as file:
-                metadata: Metadata = _Unpickler(file).load()
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, IndexError, ValueError, KeyError) as error:
-            raise ValueError(f"{path}: cannot be read ({error})") from error
-        metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
+                metadata = _Unpickler(file).load()
+        except Exception as error:  # a damaged pickle raises anything
+            raise ValueError(f"{path}: cannot be read ({error})".splitlines()[0]) from error
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_meta, StorageMeta):
+            raise ValueError(f"{path}: cannot be read (it is no table of tensors)")
+        metadata.storage_meta.load_id = self.load_id
         return metadata
 
 

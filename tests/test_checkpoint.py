@@ -41,8 +41,9 @@ from tests.reference import CLASSES, TINY
 from tests.test_train import SMALL, command
 
 ALONE = [*SMALL, "merge={every: 4, local_every: 4}", "data.workers=0", "checkpoint={every: 4, keep_last: 3}"]
+MODEL = replace(TINY, arguments={"patch_size": 14, "embed_dim": 12, "depth": 1, "num_heads": 2})
 PLAIN = Config(
-    model=TINY,
+    model=MODEL,
     adapters=AdaptersConfig(rank=3, alpha=6),
     topology=TopologyConfig(heads_per_node=2),
     engine=EngineConfig(name="none"),
@@ -139,46 +140,59 @@ def pushed(text: str) -> bytes:
     return b"\x8c" + bytes([len(text)]) + text.encode()
 
 
-@pytest.mark.xfail(strict=True, reason="a name with dots reaches the builtins through an allowed class")
 def test_a_way_round_the_allowed_names_is_refused(tmp_path: Path) -> None:
     """`CLASS.__init__.__builtins__.get("exec")(CODE)`, in the letters of pickle."""
     lookup = pushed("torch.distributed.checkpoint.filesystem") + pushed("_StorageInfo.__init__.__builtins__.get")
     called = b"\x93" + pushed("exec") + b"\x85R" + pushed(f"open({str(tmp_path / 'executed')!r}, 'w')") + b"\x85R."
     (tmp_path / ".metadata").write_bytes(b"\x80\x04" + lookup + called)
-    with pytest.raises((ValueError, AttributeError)):
+    with pytest.raises(ValueError, match="which is no part of a checkpoint"):
         read_metadata(tmp_path)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """A run with two checkpoints, and the masters of the first."""
+    saver = Run(tmp_path_factory.mktemp("runs") / "two")
+    saver.train(2)
+    saver.save(2)
+    masters = saver.masters()
+    saver.train(2)
+    saver.save(4)
+    return saver.checkpoints.run_dir, masters
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "train_state.json"])
 @pytest.mark.parametrize("kept", [0, 0.5])
 def test_a_torn_file_is_named_and_the_checkpoint_before_still_loads(
-    run: tuple[Path, Path], name: str, kept: float, capsys: pytest.CaptureFixture[str]
+    two_saved: tuple[Path, dict[str, Tensor]], tmp_path: Path, name: str, kept: float
 ) -> None:
-    data, run_dir = run
-    newest = whole_checkpoints(run_dir)[-1]
+    shutil.copytree(two_saved[0], tmp_path, dirs_exist_ok=True)
+    newest = whole_checkpoints(tmp_path)[-1]
     content = (newest / name).read_bytes()
     (newest / name).write_bytes(content[: int(len(content) * kept)])
-    assert main(command(data, run_dir, *ALONE, "train.duration=12")) == 2
-    error = capsys.readouterr().err
-    assert str(newest) in error
-    assert error.count("\n") == 1 and "Traceback" not in error
-    shutil.rmtree(newest)
-    if kept:
-        assert main(command(data, run_dir, *ALONE, "train.duration=12")) == 0
-        assert names(run_dir)[-1] == "step_00000012"
+    resumed = Run(tmp_path)
+    found = resumed.checkpoints.find("auto")
+    assert found == newest
+    with pytest.raises(ValueError, match=r"step_00000004.*") as refusal:
+        resumed.load(newest)
+    assert "\n" not in str(refusal.value)
+    resumed.load(newest.with_name("step_00000002"))
+    assert equal(resumed.masters(), two_saved[1])
 
 
 @pytest.mark.parametrize("deleted", [".metadata", "train_state.json"])
-def test_without_what_makes_it_whole_it_is_no_checkpoint(run: tuple[Path, Path], deleted: str) -> None:
-    data, run_dir = run
-    (run_dir / "checkpoints" / "step_00000008" / deleted).unlink()
-    assert names(run_dir) == ["step_00000004"]
-    assert resolve(str(run_dir)).name == "step_00000004"
-    with pytest.raises(ValueError, match=r"step_00000008: no checkpoint; the newest of its run is .*step_00000004"):
-        resolve(str(run_dir / "checkpoints" / "step_00000008"))
-    assert main(command(data, run_dir, *ALONE, "train.duration=8")) == 0  # written again in its place
-    assert names(run_dir) == ["step_00000004", "step_00000008"]
+def test_without_what_makes_it_whole_it_is_no_checkpoint(
+    two_saved: tuple[Path, dict[str, Tensor]], tmp_path: Path, deleted: str
+) -> None:
+    shutil.copytree(two_saved[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoints" / "step_00000004" / deleted).unlink()
+    assert names(tmp_path) == ["step_00000002"]
+    assert resolve(str(tmp_path)).name == "step_00000002"
+    with pytest.raises(ValueError, match=r"step_00000004: no checkpoint; the newest of its run is .*step_00000002"):
+        resolve(str(tmp_path / "checkpoints" / "step_00000004"))
+    Run(tmp_path).save(4)  # in its place
+    assert names(tmp_path) == ["step_00000002", "step_00000004"]
 
 
 def test_a_deleted_file_of_tensors_is_named(tmp_path: Path) -> None:
@@ -234,9 +248,9 @@ def test_what_names_no_checkpoint_is_told_the_nearest(tmp_path: Path) -> None:
 
 @contextmanager
 def file_size_limit(path: Path) -> Iterator[None]:
-    """No file may grow beyond 20 kB, as on a disk that is full."""
+    """No file may grow beyond 9 kB, as on a disk that is full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, before[1]))
     try:
         yield
     finally:
@@ -273,10 +287,9 @@ def failed_save_is_told_and_harms_nothing(
     with no_room(run_dir), caplog.at_level(logging.WARNING, "lte_scale"):
         saver.save(2, wait=False)
         saver.train(1)
-        while saver.checkpoints._saving is not None:
+        while "checkpoint step_00000002 could not be written" not in caplog.text:
+            saver.train(1)  # until told
             saver.checkpoints.poll()
-            saver.train(1)
-        assert "checkpoint step_00000002 could not be written" in caplog.text
         assert why in caplog.text and "earlier checkpoints are untouched" in caplog.text
         assert names(run_dir) == ["step_00000001"] and files(first) == before
         assert not list((run_dir / "checkpoints").glob(".tmp-*"))
@@ -366,8 +379,8 @@ def test_one_that_cannot_be_deleted_does_not_fail_the_save(tmp_path: Path, caplo
 
 
 MODES = {mode: replace(PLAIN, adapters=replace(PLAIN.adapters, mode=mode)) for mode in ("reset", "resetless")}
-NARROW = replace(PLAIN, model=replace(TINY, arguments={**TINY.arguments, "embed_dim": 32}))
-UNBIASED = replace(PLAIN, model=replace(TINY, arguments={**TINY.arguments, "qkv_bias": False}))
+NARROW = replace(PLAIN, model=replace(MODEL, arguments={**MODEL.arguments, "embed_dim": 16}))
+UNBIASED = replace(PLAIN, model=replace(MODEL, arguments={**MODEL.arguments, "qkv_bias": False}))
 
 
 @pytest.mark.parametrize(
@@ -375,8 +388,8 @@ UNBIASED = replace(PLAIN, model=replace(TINY, arguments={**TINY.arguments, "qkv_
     [
         (PLAIN, PLAIN, CLASSES + 1, "another model or rank: head/0/head.B has 21 values there and 24 here"),
         (PLAIN, NARROW, CLASSES, "another model or rank: "),
-        (PLAIN, UNBIASED, CLASSES, "replica_master/blocks.0.attn.qkv.bias has 72 values there and none here"),
-        (UNBIASED, PLAIN, CLASSES, "blocks.0.attn.qkv.bias has no values there and 72 here"),
+        (PLAIN, UNBIASED, CLASSES, "replica_master/blocks.0.attn.qkv.bias has 36 values there and none here"),
+        (UNBIASED, PLAIN, CLASSES, "blocks.0.attn.qkv.bias has no values there and 36 here"),
         (MODES["resetless"], MODES["reset"], CLASSES, "trained with adapters.mode=resetless, not reset; set it back"),
         (MODES["reset"], MODES["resetless"], CLASSES, "trained with adapters.mode=reset, not resetless"),
     ],
@@ -435,9 +448,11 @@ def save_where_the_rank_thinks(rank: int, config: Config, directory: str) -> lis
     return told
 
 
-def test_nodes_that_do_not_share_the_directory_are_told(pool4: DistributedPool, tmp_path: Path) -> None:
+def test_nodes_that_do_not_share_the_directory_are_told(tmp_path: Path) -> None:
     config = replace(PLAIN, engine=EngineConfig(name="fsdp"), topology=TopologyConfig(heads_per_node=1))
-    told, _ = pool4.run(save_where_the_rank_thinks, config, str(tmp_path), world_size=2, ranks_per_node=1)
+    pool = DistributedPool(2)
+    told, _ = pool.run(save_where_the_rank_thinks, config, str(tmp_path), ranks_per_node=1)
+    pool.close()
     assert len(told) == 1
     assert "__1_0.distcp of another rank is not there: all nodes must share the file system of run_dir" in told[0]
     assert names(tmp_path / "0") == [] and names(tmp_path / "1") == []
