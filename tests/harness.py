@@ -132,6 +132,7 @@ def _run(
         MASTER_PORT=str(job["port"]),
     )
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.barrier()  # a function that ends at once would close connections that others still make
     try:
         return None, function(rank, *args)
     except BaseException:
