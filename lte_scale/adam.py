@@ -6,9 +6,6 @@ and exists before the first step. So checkpoints are the same, and a run goes on
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lte_scale import apex
+from lte_scale.engines import deepspeed
 from lte_scale.log import log
 
 # What `auto` prefers, of what can run and needs no compiling.
@@ -111,9 +109,7 @@ def _lacking(name: str, device: torch.device) -> str:
     """Why this optimizer cannot run; empty if it can."""
     if name == "apex" and (lack := apex.lacking("amp_C", device)):
         return f"NVIDIA's apex {lack}"
-    if name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        return "'deepspeed' needs the package deepspeed; install it with pip install 'lte-scale[deepspeed]'"
-    return ""
+    return deepspeed.lacking() if name == "deepspeed" else ""
 
 
 def _torch_adamw(groups: Any, *, betas: tuple[float, float], eps: float, device: torch.device) -> Optimizer:
@@ -166,14 +162,11 @@ def _uncompiled(name: str, device: torch.device) -> str:
     """The folder in which DeepSpeed would have to compile its operator first; empty if it is there."""
     if name != "deepspeed":
         return ""
-    os.environ["DS_ACCELERATOR"] = device.type
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
+    deepspeed.imported(device)
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import accelerator_name, installed_ops
     from torch.utils.cpp_extension import _get_build_directory
 
-    deepspeed.utils.logger.setLevel(logging.WARNING)
     operator = "fused_adam" if device.type == "cuda" else "cpu_adam"
     if installed_ops.get(operator) and accelerator_name == get_accelerator()._name:
         return ""

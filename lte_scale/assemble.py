@@ -11,14 +11,15 @@ from torch import nn
 
 from lte_scale.adapters import ReplicaNorm
 from lte_scale.apex import layer_norm
+from lte_scale.arrangement import Arrangement
 from lte_scale.collectives import Collectives
 from lte_scale.config.deepspeed import settings
 from lte_scale.config.schema import Config
-from lte_scale.cost import training_flops
+from lte_scale.cost import shapes_of, training_flops
 from lte_scale.engines.base import Engine, SingleEngine, fill_base, wrap_blocks
 from lte_scale.engines.deepspeed import DeepSpeedEngine
 from lte_scale.engines.fsdp import FSDPEngine
-from lte_scale.merge import Merger, folds
+from lte_scale.merge import Merger
 from lte_scale.model import Heads, attach, build
 from lte_scale.optim import HeadOptimizer
 from lte_scale.topology import from_environment
@@ -58,8 +59,9 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
     if device.type == "cpu":
         _plain_attention(model)
     heads = attach(model, config.adapters, collectives.topology.my_heads, seed=config.seed)
+    arrangement = Arrangement(shapes_of(heads), collectives.topology, config)
     for layer in heads.linears.values():
-        layer.folded = folds(heads.mode, collectives.topology, config.base)
+        layer.folded = arrangement.folded
     for module in model.modules():
         if isinstance(module, ReplicaNorm):
             module.layer_norm = norm
@@ -77,7 +79,7 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
     else:
         engine = SingleEngine(model, heads, device)
     fill_base(engine, heads, rank=collectives.topology.rank, seed=config.seed)
-    merger = Merger(heads, engine, collectives, config.merge, config.base, ema_decay=config.train.ema_decay)
+    merger = Merger(heads, engine, collectives, arrangement)
     return LTE(heads, engine, merger, HeadOptimizer(heads, config.optimizer, collectives), flops)
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from lte_scale.arrangement import FP32
 from lte_scale.collectives import Scope
 from lte_scale.topology import Topology
-from lte_scale.traffic import FP32, Links
+from lte_scale.traffic import Links
 
 _GRADIENT, _ADAMW = FP32, 2 * FP32
 

@@ -48,11 +48,11 @@ def tensors_of(pieces: Pieces, shards: Mapping[str, Tensor], *, loading: bool = 
             ("master", merger.outer.masters),
             ("momentum", merger.outer.momenta),
             ("average", merger.outer.averages),
-            ("product", merger.mean_product if merger.two_level else {}),
+            ("product", merger.mean_product if merger.arrangement.two_level else {}),
         ):
             if name in values:
                 found[f"{kind}/{name}"] = FlatPart(values[name], own.own[0], total)
-        if merger.two_level:
+        if merger.arrangement.two_level:
             found[f"node/{node}/{name}"] = FlatPart(shards[name], own.compute[0], total)
     replicas = merger.replicas.outer
     for kind, values in (("master", replicas.masters), ("momentum", replicas.momenta), ("average", replicas.averages)):

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import nn
 
+from lte_scale.arrangement import Arrangement
 from lte_scale.baselines import FullRank, Method, baselines
 from lte_scale.collectives import Scope
 from lte_scale.config.schema import Config
@@ -22,7 +23,6 @@ from lte_scale.memory import Memory, memory
 from lte_scale.model import Heads, attach, build
 from lte_scale.topology import Topology
 from lte_scale.traffic import (
-    Arrangement,
     Traffic,
     gather_traffic,
     merge_traffic,

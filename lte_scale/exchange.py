@@ -1,80 +1,17 @@
-"""Which bytes a merge moves: what every rank owns, which path a weight takes, and how factors travel.
-
-Pure arithmetic first (`Ownership`, `choose_path`); then `FactorExchange`, the two all-gathers that bring factors to
-the ranks that need them. Values per weight [O, I], rank R, h heads per node, K nodes, G ranks per node.
-"""
+"""How factors travel: two all-gathers bring them to the ranks that need them, which form their parts of the product."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lte_scale.collectives import Collectives
+from lte_scale.engines.base import Slice
 from lte_scale.model import Heads
-from lte_scale.topology import Topology
-
-Path = Literal["factor", "dense"]
-Slice = tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Ownership:
-    """Parts of one weight, as slices of the row-major flattened [O, I] matrix.
-
-    Attributes:
-        own: the part of the master this rank keeps and updates.
-        parts: the parts whose change this rank forms for a dense exchange: `own` alone if every node has the whole
-            weight (an all-reduce over the peers), else one per peer (a reduce-scatter).
-        compute: the part the engine keeps for computing.
-    """
-
-    shape: tuple[int, int]
-    own: Slice
-    parts: tuple[Slice, ...]
-    compute: Slice
-
-    @property
-    def part_size(self) -> int:
-        """Elements of the largest part: what the others are padded to."""
-        return max(stop - start for start, stop in self.parts)
-
-
-def split_evenly(part: Slice, count: int) -> tuple[Slice, ...]:
-    """`part` in `count` slices of equal length, the last ones shorter or empty."""
-    start, stop = part
-    size = -(-(stop - start) // count)
-    return tuple((min(start + i * size, stop), min(start + (i + 1) * size, stop)) for i in range(count))
-
-
-def choose_path(
-    shape: tuple[int, int], rank: int, topology: Topology, *, scope: str, merges_per_window: int, asked: str
-) -> Path:
-    """The path that sends fewer bytes between nodes for one weight, or the one asked for.
-
-    Per node and merge the factor path sends (K - 1) * merges * h * R * (in + out) values, the dense path
-    2 (K - 1) / K * in * out with scope `node` and half of that with scope `global` (DESIGN, section 3).
-    """
-    if asked != "auto":
-        return "factor" if asked == "factor" else "dense"
-    out, into = shape
-    nodes = topology.nodes
-    factor = (nodes - 1) * merges_per_window * topology.heads_per_node * rank * (into + out)
-    dense = (2 if scope == "node" else 1) * (nodes - 1) / nodes * into * out
-    return "factor" if factor < dense else "dense"
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Weights on one path that travel as one message."""
-
-    path: Path
-    names: tuple[str, ...]
 
 
 class FactorExchange:

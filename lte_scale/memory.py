@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from lte_scale.arrangement import FP32, Arrangement, Bucket, length
 from lte_scale.config.deepspeed import PREFETCHED
-from lte_scale.exchange import Bucket
-from lte_scale.traffic import FP32, Arrangement, length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +50,7 @@ def memory(a: Arrangement, *, activations: int) -> Memory:
         "momentum": FP32 * own if config.merge.outer == "nesterov" else 0,
         "moving_average": FP32 * own if config.train.ema_decay else 0,
         "compute_shards": FP32 * compute if a.separate else 0,
-        "partitions": a.compute_bytes * sum(map(a.part, layers.values())) if beside else 0,
+        "partitions": a.compute_bytes * sum(map(a.part, layers)) if beside else 0,
         "products": FP32 * _product_values(a) if a.resetless else 0,
     }
     offloaded = config.base.offload == "cpu"
@@ -86,7 +85,7 @@ def _gathered_values(a: Arrangement) -> int:
     if a.config.base.gather == "window":
         return sum(units.values())
     if a.config.engine.name == "deepspeed":
-        largest = max(a.part(layer) * a.engine_ranks for layer in a.shapes.layers.values())
+        largest = max(map(a.part, a.shapes.layers)) * a.engine_ranks
         return min(sum(units.values()), largest + PREFETCHED)
     blocks = sorted((values for unit, values in units.items() if unit), reverse=True)
     return units.get("", 0) + sum(blocks[:2])  # the block at work, and the next one on its way

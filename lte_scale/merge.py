@@ -14,29 +14,21 @@ Every rank forms and keeps its own part of every weight, and writes it through `
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from lte_scale.arrangement import Arrangement, Bucket, length
 from lte_scale.collectives import Collectives
-from lte_scale.config.schema import BaseConfig, MergeConfig
-from lte_scale.engines.base import Engine
-from lte_scale.exchange import Bucket, FactorExchange, Ownership, Slice, choose_path, product, split_evenly
+from lte_scale.engines.base import Engine, Slice
+from lte_scale.exchange import FactorExchange, product
 from lte_scale.model import Heads
 from lte_scale.outer import Outer
 from lte_scale.replicas import ReplicaMerger
-from lte_scale.topology import Topology
 
 Shards = Mapping[str, Tensor]
-
-
-def folds(mode: str, topology: Topology, base: BaseConfig) -> bool:
-    """Whether the base a node computes with belongs to one resetless head, so that it can hold W - s B' A'."""
-    shared = base.scope == "global" and base.gather == "pass" and topology.nodes > 1
-    return mode == "resetless" and topology.heads_per_node == 1 and not shared
 
 
 class Merger:
@@ -49,51 +41,25 @@ class Merger:
         replicas: the same for replica parameters.
     """
 
-    def __init__(
-        self,
-        heads: Heads,
-        engine: Engine,
-        collectives: Collectives,
-        config: MergeConfig,
-        base: BaseConfig,
-        *,
-        ema_decay: float = 0.0,
-    ) -> None:
-        topology = collectives.topology
-        self.heads, self.engine, self.collectives, self.config, self.topology = (
-            heads,
-            engine,
-            collectives,
-            config,
-            topology,
-        )
-        self.local_every = config.local_every or config.every
-        self.two_level = self.local_every < config.every
-        self.resetless = heads.mode == "resetless"
-        self.spread = base.scope == "global" and topology.nodes > 1
-        self.refined = self.spread and base.gather != "pass"
-        self.folded = folds(heads.mode, topology, base)
+    def __init__(self, heads: Heads, engine: Engine, collectives: Collectives, arrangement: Arrangement) -> None:
+        self.heads, self.engine, self.collectives, self.arrangement = heads, engine, collectives, arrangement
+        self.topology, self.config = arrangement.topology, arrangement.config.merge
+        ema_decay = arrangement.config.train.ema_decay
         self.exchange = FactorExchange(heads, collectives)
-        self.ownership = {name: self._ownership(name) for name in heads.linears}
-        stack = 1 if self.resetless else config.every // self.local_every
-        self.paths = {
-            name: choose_path(
-                own.shape, self._rank(name), topology, scope=base.scope, merges_per_window=stack, asked=config.path
-            )
-            for name, own in self.ownership.items()
+        self.ownership = {
+            name: arrangement.ownership(name, self.topology.rank, engine.slice_of) for name in heads.linears
         }
-        self.buckets = self._buckets(stack)
+        self.paths, self.buckets = arrangement.paths, arrangement.buckets
         self.history: dict[Bucket, list[Tensor]] = {bucket: [] for bucket in self.buckets}
         self.node_product: dict[str, Tensor] = {}
         self.mean_product: dict[str, Tensor] = {}
-        self.outer = Outer(config, ema_decay)
-        self.separate = self.two_level or self.folded or self.refined
+        self.outer = Outer(self.config, ema_decay)
         with self.editable() as shards:
-            if self.separate:
+            if self.arrangement.separate:
                 for name, own in self.ownership.items():
                     self.outer.masters[name] = _cut(shards[name], own.compute, own.own).clone()
             self.outer.start_average()
-        self.replicas = ReplicaMerger(heads, collectives, config, ema_decay)
+        self.replicas = ReplicaMerger(heads, collectives, self.config, ema_decay)
         self._clear_products()
 
     @contextmanager
@@ -101,7 +67,7 @@ class Merger:
         """The engine's parts of all weights; within, `outer.masters` are what they are even where they alias them."""
         exact = torch.autocast(self.exchange.device.type, enabled=False)  # a loop may call this under its own autocast
         with torch.no_grad(), exact, self.engine.editable() as shards:
-            if not self.separate:
+            if not self.arrangement.separate:
                 self.outer.masters.update(shards)
             yield shards
 
@@ -111,38 +77,9 @@ class Merger:
     def _scale(self, name: str) -> float:
         return self.heads.linears[name].scale
 
-    def _ownership(self, name: str) -> Ownership:
-        layer, topology = self.heads.linears[name], self.topology
-        compute = self.engine.slice_of(name, topology.rank)
-        parts: tuple[Slice, ...] = (compute,)
-        if self.refined:
-            parts = split_evenly(compute, topology.nodes)
-        elif self.spread:
-            parts = tuple(self.engine.slice_of(name, peer) for peer in topology.peer_ranks(topology.local_rank))
-        own = parts[topology.node] if self.spread else compute
-        return Ownership((layer.B.shape[1], layer.A.shape[2]), own, parts, compute)
-
-    def _buckets(self, stack: int) -> list[Bucket]:
-        buckets: list[Bucket] = []
-        limit = self.config.bucket_mb * 1e6
-        room = 0.0
-        for name, path in sorted(self.paths.items(), key=lambda item: item[1]):
-            travelling = self.exchange.size([name]) * self.topology.heads_per_node
-            if path == "factor":
-                travelling *= self.topology.nodes * stack
-            # Of the whole weight, not of this rank's rows: all ranks must form the same buckets.
-            size = 4 * max(travelling, math.prod(self.ownership[name].shape) // self.topology.ranks_per_node)
-            if not buckets or buckets[-1].path != path or size > room:
-                buckets.append(Bucket(path, (name,)))
-                room = limit - size
-            else:
-                buckets[-1] = Bucket(path, (*buckets[-1].names, name))
-                room -= size
-        return buckets
-
     def due(self, step: int) -> bool:
         """Whether heads are merged after `step`, inside the node or between nodes."""
-        return step % self.local_every == 0
+        return step % self.arrangement.local_every == 0
 
     def is_global(self, step: int) -> bool:
         """Whether the merge after `step` is one between nodes."""
@@ -168,10 +105,10 @@ class Merger:
 
     def _merge_locally(self, bucket: Bucket, shards: Shards) -> None:
         packed = self.exchange.pack(bucket.names)
-        if bucket.path == "factor" and not self.resetless:
+        if bucket.path == "factor" and not self.arrangement.resetless:
             self.history[bucket].append(packed.clone())  # else a view keeps the factors of all members alive
         for name, change in self._node_changes(bucket, packed).items():
-            if not self.folded:  # a folded base holds W - s B' A', which a local merge leaves as it is
+            if not self.arrangement.folded:  # a folded base holds W - s B' A', which a local merge leaves as it is
                 shards[name].add_(change.to(shards[name].device))
 
     def _merge_globally(self, bucket: Bucket, shards: Shards, decay: float) -> None:
@@ -200,8 +137,8 @@ class Merger:
             own, scale = self.ownership[name], self._scale(name) / heads
             parts = own.parts if whole else (own.own,)
             formed = _joined(product(factors, offset, own.shape, self._rank(name), parts, scale))
-            changes[name] = formed - previous[name].to(formed.device) if self.resetless else formed
-            if self.resetless:
+            changes[name] = formed - previous[name].to(formed.device) if self.arrangement.resetless else formed
+            if self.arrangement.resetless:
                 previous[name].copy_(formed)
             offset += self.exchange.size([name])
         return changes
@@ -210,19 +147,19 @@ class Merger:
         stack = torch.stack([*self.history[bucket], packed])
         self.history[bucket].clear()
         gathered_KLhC = self.exchange.between_nodes(stack, self.exchange.size(bucket.names))
-        if self.resetless and (self.folded or self.two_level):
+        if self.arrangement.resetless and (self.arrangement.folded or self.arrangement.two_level):
             self._changes(bucket, gathered_KLhC[self.topology.node], self.node_product, whole=True)
         return self._changes(bucket, gathered_KLhC, self.mean_product, whole=False)
 
     def _mean_by_products(self, bucket: Bucket, packed: Tensor, shards: Shards) -> dict[str, Tensor]:
         changes = self._node_changes(bucket, packed)
-        if self.two_level:
+        if self.arrangement.two_level:
             for name in bucket.names:
                 shard, change = shards[name], changes[name]
-                moved = self.node_product[name] if self.folded else change.to(shard.device)
+                moved = self.node_product[name] if self.arrangement.folded else change.to(shard.device)
                 changes[name] = (shard + moved - self.outer.masters[name]).to(change.device)
         nodes, peers = self.topology.nodes, self.collectives.peers
-        if not self.spread:
+        if not self.arrangement.spread:
             total = self.collectives.all_reduce(_joined(list(changes.values())), peers, "merge_dense")
             sizes = [change.numel() for change in changes.values()]
             return dict(zip(changes, (total / nodes).split(sizes), strict=True))
@@ -230,55 +167,55 @@ class Merger:
         total = self.collectives.reduce_scatter(padded, peers, "merge_dense") / nodes
         sizes = [self.ownership[name].part_size for name in changes]
         own = dict(zip(changes, total.split(sizes), strict=True))
-        return {name: part[: _length(self.ownership[name].own)] for name, part in own.items()}
+        return {name: part[: length(self.ownership[name].own)] for name, part in own.items()}
 
     def _padded(self, name: str, change: Tensor) -> Tensor:
         """The parts of one weight as rows of equal length [K, part_size]."""
         own = self.ownership[name]
         rows = change.new_zeros(len(own.parts), own.part_size)
-        for row, part in zip(rows, change.split([_length(p) for p in own.parts]), strict=True):
+        for row, part in zip(rows, change.split([length(p) for p in own.parts]), strict=True):
             row[: part.numel()] = part
         return rows
 
     def _publish(self, bucket: Bucket, source: Mapping[str, Tensor], shards: Shards, *, fold: bool = True) -> None:
         """Write `source` (own parts) to where the forward pass reads it, less the folded product."""
-        if self.refined:
+        if self.arrangement.refined:
             own = [source[name] for name in bucket.names]
             sizes = [self.ownership[name].part_size for name in bucket.names]
             padded = [torch.nn.functional.pad(t, (0, s - t.numel())) for t, s in zip(own, sizes, strict=True)]
             message = torch.cat(padded).to(self.exchange.device)
             rows = self.collectives.all_gather(message, self.collectives.peers, "merge_refresh").split(sizes, 1)
             for name, parts in zip(bucket.names, rows, strict=True):
-                lengths = [_length(part) for part in self.ownership[name].parts]
+                lengths = [length(part) for part in self.ownership[name].parts]
                 shards[name].copy_(torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]))
         else:
             for name in bucket.names:
                 if shards[name].data_ptr() != source[name].data_ptr():
                     shards[name].copy_(source[name])
-        if self.folded and fold:
+        if self.arrangement.folded and fold:
             for name in bucket.names:
                 shards[name].sub_(self.node_product[name])
 
     def _clear_products(self) -> None:
-        if not self.resetless:
+        if not self.arrangement.resetless:
             return
         for bucket in self.buckets:
             for name in bucket.names:
                 own, like = self.ownership[name], self.outer.masters[name]
-                if self.folded or self.two_level or bucket.path == "dense":
-                    self.node_product[name] = like.new_zeros(sum(map(_length, own.parts)))
+                if self.arrangement.folded or self.arrangement.two_level or bucket.path == "dense":
+                    self.node_product[name] = like.new_zeros(sum(map(length, own.parts)))
                 if bucket.path == "factor":
-                    self.mean_product[name] = like.new_zeros(_length(own.own))
+                    self.mean_product[name] = like.new_zeros(length(own.own))
 
     @torch.no_grad()
     def restore_products(self) -> None:
         """Form the products of the last merge anew from the previous factors (resetless; after loading them)."""
-        if not self.resetless:
+        if not self.arrangement.resetless:
             return
         self._clear_products()
         for bucket in self.buckets:
             packed = self.exchange.pack(bucket.names, previous=True)
-            if self.folded or self.two_level or bucket.path == "dense":
+            if self.arrangement.folded or self.arrangement.two_level or bucket.path == "dense":
                 self._node_changes(bucket, packed)
             if bucket.path == "factor":
                 gathered = self.exchange.between_nodes(packed.unsqueeze(0), self.exchange.size(bucket.names))
@@ -309,10 +246,6 @@ class Merger:
             with self.editable() as shards:
                 for name, shard in shards.items():
                     shard.copy_(kept[name])
-
-
-def _length(part: Slice) -> int:
-    return part[1] - part[0]
 
 
 def _cut(flat: Tensor, held: Slice, part: Slice) -> Tensor:

@@ -53,7 +53,7 @@ class Heads:
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Draw A for every head and set B to zero (DESIGN: A orthogonal, B zero)."""
+        """Draw A for every head and set B to zero."""
         for name, layer in self.linears.items():
             rank, into = layer.A.shape[1:]
             for index, head in enumerate(self.ids):

@@ -69,9 +69,10 @@ class Trainer:
             device=device,
             flops_per_image=lte.flops_per_image,
         )
-        coupled = config.base.scope == "global" and config.base.gather == "pass"
         self.preemption = Preemption(
-            collectives, collectives.world if coupled else collectives.node, tied_steps=self.engine.tied_steps
+            collectives,
+            collectives.world if config.base.crosses_nodes else collectives.node,
+            tied_steps=self.engine.tied_steps,
         )
         self.state, self.position = TrainState(classes=classes), 0
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are torn, foreign, hostile or many: one line that names the file, nothing executed, nothing lost."""
+"""Checkpoints that are torn, foreign or hostile: one line that names the file, nothing executed."""
 
 from __future__ import annotations
 
@@ -7,49 +7,34 @@ import logging
 import os
 import pickle
 import re
-import resource
 import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lte_scale.assemble import LTE, assemble
-from lte_scale.checkpoint import Checkpoints, check_writable, resolve, whole_checkpoints
+from lte_scale.assemble import assemble
+from lte_scale.checkpoint import Checkpoints, resolve, whole_checkpoints
 from lte_scale.cli import main
 from lte_scale.collectives import Collectives
 from lte_scale.config.schema import (
-    AdaptersConfig,
     CheckpointConfig,
     Config,
     EngineConfig,
     MergeConfig,
     TopologyConfig,
-    TrainConfig,
 )
 from lte_scale.contents import Pieces
 from lte_scale.storage import read_metadata
-from lte_scale.topology import Topology, from_environment
+from lte_scale.topology import from_environment
 from tests.harness import DistributedPool
-from tests.reference import CLASSES, TINY
+from tests.reference import CLASSES
+from tests.saver import MODEL, PLAIN, Run, equal, names
 from tests.test_train import SMALL, command
 
 ALONE = [*SMALL, "merge={every: 4, local_every: 4}", "data.workers=0", "checkpoint={every: 4, keep_last: 3}"]
-MODEL = replace(TINY, arguments={"patch_size": 14, "embed_dim": 12, "depth": 1, "num_heads": 2})
-PLAIN = Config(
-    model=MODEL,
-    adapters=AdaptersConfig(rank=3, alpha=6),
-    topology=TopologyConfig(heads_per_node=2),
-    engine=EngineConfig(name="none"),
-    train=TrainConfig(precision="fp32"),
-    merge=MergeConfig(every=2),
-)
 
 
 @pytest.fixture(scope="module")
@@ -66,51 +51,6 @@ def run(trained: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     """A copy of the run that a test may damage."""
     shutil.copytree(trained[1], tmp_path / "run")
     return trained[0], tmp_path / "run"
-
-
-class Run:
-    """One process that trains on gradients of no meaning and saves in `run_dir`."""
-
-    def __init__(self, run_dir: Path, config: Config = PLAIN, classes: int = CLASSES, **checkpoint: Any) -> None:
-        heads = config.topology.heads_per_node
-        alone = Collectives(Topology(nodes=1, ranks_per_node=1, heads_per_node=heads))
-        self.lte: LTE = assemble(config, classes, alone, torch.device("cpu"))
-        self.pieces = Pieces(self.lte.heads, self.lte.merger, self.lte.optimizer, dict.fromkeys(range(heads), 0))
-        self.checkpoints = Checkpoints(run_dir, CheckpointConfig(**checkpoint), alone)
-        self.step = 0
-
-    def train(self, steps: int) -> None:
-        for _ in range(steps):
-            self.step += 1
-            generator = torch.Generator().manual_seed(self.step)
-            for parameter in self.lte.optimizer.parameters.values():
-                parameter.grad = torch.randn(parameter.shape, generator=generator)
-            self.lte.optimizer.step(torch.ones(len(self.lte.heads.ids)))
-            if self.lte.merger.due(self.step):
-                self.lte.merger.merge(self.step)
-
-    def save(self, step: int, top1: float | None = None, *, wait: bool = True) -> None:
-        self.checkpoints.save(self.pieces, {"step": step}, "text\n", top1=top1, wait=wait)
-
-    def load(self, path: Path) -> None:
-        self.checkpoints.load(path, self.pieces)
-
-    def masters(self) -> dict[str, Tensor]:
-        with self.lte.merger.editable():
-            outer, replicas = self.lte.merger.outer.masters, self.lte.merger.replicas.outer.masters
-            return {name: value.clone() for name, value in {**outer, **replicas}.items()}
-
-
-def names(run_dir: Path) -> list[str]:
-    return [path.name for path in whole_checkpoints(run_dir)]
-
-
-def files(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir()}
-
-
-def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 class Payload:
@@ -244,138 +184,6 @@ def test_what_names_no_checkpoint_is_told_the_nearest(tmp_path: Path) -> None:
     for named in ("none", "run/checkpoints/" + 300 * "x", ""):
         with pytest.raises(ValueError, match="no checkpoint; "):
             resolve(str(tmp_path / named))
-
-
-@contextmanager
-def file_size_limit(path: Path) -> Iterator[None]:
-    """No file may grow beyond 9 kB, as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@contextmanager
-def filled_up(path: Path) -> Iterator[None]:
-    ballast = path / "ballast"
-    free = os.statvfs(path)
-    ballast.write_bytes(bytes(free.f_bavail * free.f_bsize - 100_000))
-    yield
-    ballast.unlink()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("needs root, to mount a disk")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
-def failed_save_is_told_and_harms_nothing(
-    run_dir: Path, no_room: Any, why: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    saver = Run(run_dir, keep_last=1)
-    saver.train(1)
-    saver.save(1)
-    first = whole_checkpoints(run_dir)[0]
-    before = files(first)
-    with no_room(run_dir), caplog.at_level(logging.WARNING, "lte_scale"):
-        saver.save(2, wait=False)
-        saver.train(1)
-        while "checkpoint step_00000002 could not be written" not in caplog.text:
-            saver.train(1)  # until told
-            saver.checkpoints.poll()
-        assert why in caplog.text and "earlier checkpoints are untouched" in caplog.text
-        assert names(run_dir) == ["step_00000001"] and files(first) == before
-        assert not list((run_dir / "checkpoints").glob(".tmp-*"))
-    saver.save(3)
-    assert names(run_dir) == ["step_00000003"]
-    again = Run(run_dir)
-    again.load(whole_checkpoints(run_dir)[0])
-    assert equal(again.masters(), saver.masters())
-
-
-def test_files_that_cannot_grow_while_saving(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    failed_save_is_told_and_harms_nothing(tmp_path, file_size_limit, "File too large", caplog)
-
-
-def test_a_disk_that_fills_up_while_saving(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
-    failed_save_is_told_and_harms_nothing(small_disk, filled_up, "No space left on device", caplog)
-
-
-def test_directories_that_cannot_be_written(small_disk: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("kept")
-    with pytest.raises(ValueError, match=r"run_dir: cannot write .*file/run \(Not a directory\)"):
-        check_writable(tmp_path / "file" / "run")
-    check_writable(small_disk / "run")
-    assert not list((small_disk / "run" / "checkpoints").iterdir())
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    for run_dir in (small_disk / "run", small_disk / "other"):
-        with pytest.raises(ValueError, match=r"run_dir: cannot write .* \(Read-only file system\); choose"):
-            check_writable(run_dir)
-
-
-def test_a_run_begun_anew_keeps_its_checkpoints_and_resumes_from_them(tmp_path: Path) -> None:
-    """Those of the course before are of later steps: they must neither count as the last ones nor be resumed from."""
-    before = Run(tmp_path, keep_last=2)
-    for step in (50, 60):
-        before.save(step)
-    kept = files(tmp_path / "checkpoints" / "step_00000060")
-    anew = Run(tmp_path, keep_last=2)
-    assert anew.checkpoints.find("never") is None
-    for step in (10, 20, 30):
-        anew.save(step)
-        assert anew.checkpoints.find("auto") == tmp_path / "checkpoints" / f"step_{step:08d}"
-    assert names(tmp_path) == ["step_00000020", "step_00000030"]
-    assert files(tmp_path / "checkpoints" / "step_00000060.superseded") == kept
-
-
-def test_a_run_that_goes_back_keeps_what_it_was_resumed_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first = Run(tmp_path, keep_last=3)
-    for step in (10, 20, 30):
-        first.train(1)
-        first.save(step, top1=step / 100)
-    second = Run(tmp_path, keep_last=2)
-    back = second.checkpoints.find(str(tmp_path / "checkpoints" / "step_00000010"))
-    assert back is not None
-    second.load(back)
-    wanted = second.masters()
-    with caplog.at_level(logging.WARNING, "lte_scale"):
-        second.save(20)
-    assert "step_00000030 is of a course that this run has left: it is now step_00000030.superseded" in caplog.text
-    assert names(tmp_path) == ["step_00000010", "step_00000020"]
-    third = Run(tmp_path)
-    third.load(resolve(str(tmp_path)))
-    assert equal(third.masters(), wanted)
-    assert not equal(third.masters(), first.masters())
-    assert resolve(str(tmp_path / "checkpoints" / "step_00000030.superseded"))
-
-
-def test_retention_keeps_the_best_beside_a_damaged_one(tmp_path: Path) -> None:
-    saver = Run(tmp_path, keep_last=2)
-    saver.save(1, top1=0.9)
-    saver.save(2, top1=0.1)
-    (tmp_path / "checkpoints" / "step_00000002" / "train_state.json").write_text("")
-    saver.save(3, top1=0.2)
-    assert names(tmp_path) == ["step_00000001", "step_00000002", "step_00000003"]
-    saver.save(4, top1=0.3)
-    assert names(tmp_path) == ["step_00000001", "step_00000003", "step_00000004"]
-
-
-def test_one_that_cannot_be_deleted_does_not_fail_the_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    saver = Run(tmp_path, keep_last=1)
-    saver.save(1)
-    (tmp_path / "checkpoints" / ".tmp-step_00000001" / "in the way").mkdir(parents=True)
-    with caplog.at_level(logging.WARNING, "lte_scale"):
-        saver.save(2)
-    assert "step_00000001 is one too many and could not be deleted" in caplog.text
-    assert "could not be written" not in caplog.text
-    assert names(tmp_path) == ["step_00000001", "step_00000002"]
 
 
 MODES = {mode: replace(PLAIN, adapters=replace(PLAIN.adapters, mode=mode)) for mode in ("reset", "resetless")}

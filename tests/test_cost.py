@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lte_scale import plan
+from lte_scale.arrangement import Arrangement
 from lte_scale.config import load_config
 from lte_scale.config.schema import AdaptersConfig, BaseConfig, Config, MergeConfig, ModelConfig, TrainConfig
 from lte_scale.cost import Layer, Shapes, saved_activations, shapes_of, step_flops, training_flops
@@ -23,7 +24,7 @@ from lte_scale.estimate import Plan, make_plan, path_rows
 from lte_scale.memory import memory
 from lte_scale.model import Heads, attach, build
 from lte_scale.topology import Topology
-from lte_scale.traffic import Arrangement, merge_traffic, of_node, path_bytes, run_traffic, step_traffic
+from lte_scale.traffic import merge_traffic, of_node, path_bytes, run_traffic, step_traffic
 from tests.reference import CLASSES, TINY
 
 VIT_L = Path(__file__).parent.parent / "configs" / "vit_l_64gpu.yaml"

@@ -24,9 +24,9 @@ from lte_scale.cli import main
 from lte_scale.config import dump
 from lte_scale.config.schema import Config, DataConfig
 from tests.reference import CLASSES
+from tests.saver import MODEL, PLAIN, Run, file_size_limit
 from tests.shard_files import CLASSES as SHARD_CLASSES
 from tests.shard_files import png, sample_files, write_lengths, write_tar
-from tests.test_checkpoint import MODEL, PLAIN, Run, file_size_limit
 
 CONFIG = replace(PLAIN, train=replace(PLAIN.train, ema_decay=0.5), data=DataConfig(workers=0))
 ARGUMENTS: dict[str, Any] = {"img_size": 28, "in_chans": 1, "num_classes": CLASSES, **MODEL.arguments}

@@ -36,7 +36,8 @@ LAYERS: dict[int, set[str]] = {
 PARTS = {
     "merge": {"contents"},  # of a checkpoint: the masters
     "contents": {"checkpoint"},
-    "exchange": {"merge", "traffic", "memory", "baselines"},
+    "arrangement": {"merge", "traffic", "memory", "baselines"},
+    "exchange": {"merge"},
     "outer": {"merge", "replicas"},
     "replicas": {"merge"},
     "traffic": {"memory", "baselines"},

@@ -92,6 +92,11 @@ class BaseConfig:
         one_of=("none", "cpu"),
     )
 
+    @property
+    def crosses_nodes(self) -> bool:
+        """Whether weights are gathered from all nodes in every pass."""
+        return self.scope == "global" and self.gather == "pass"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:

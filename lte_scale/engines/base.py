@@ -19,6 +19,24 @@ Slice = tuple[int, int]
 """Start and end of a part of a weight, in elements of the row-major flattened [O, I] matrix."""
 
 
+def split_evenly(part: Slice, count: int) -> tuple[Slice, ...]:
+    """`part` in `count` slices of equal length, the last ones shorter or empty."""
+    start, stop = part
+    size = -(-(stop - start) // count)
+    return tuple((min(start + i * size, stop), min(start + (i + 1) * size, stop)) for i in range(count))
+
+
+def cut(shape: tuple[int, int], ranks: int, rank: int, *, rows: bool) -> Slice:
+    """The part of a weight [O, I] at global rank `rank`, sharded over `ranks`: by rows, as `torch.chunk` cuts, or flat.
+
+    Ranks are numbered node by node, so the index inside a node is the same for the peers of other nodes.
+    """
+    out, into = shape
+    unit = into if rows else 1
+    start, stop = split_evenly((0, out * into // unit), ranks)[rank % ranks]
+    return start * unit, stop * unit
+
+
 class Engine(Protocol):
     """Shards the frozen weights and gathers them for forward and backward.
 

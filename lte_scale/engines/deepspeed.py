@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lte_scale.collectives import Collectives, Group, all_gather_bytes
 from lte_scale.config.schema import BaseConfig
-from lte_scale.engines.base import Slice, materialise
+from lte_scale.engines.base import Slice, cut, materialise
 from lte_scale.model import Heads
 from lte_scale.topology import Topology
 
@@ -51,9 +51,9 @@ class DeepSpeedEngine:
         Raises:
             ValueError: if DeepSpeed is not installed or refuses the settings.
         """
-        deepspeed = _imported(device, collectives.topology)
+        deepspeed = _ready(device, collectives.topology)
         self.model, self.rank, self.device = model, collectives.topology.rank, device
-        self.group = collectives.world if base.scope == "global" and base.gather == "pass" else collectives.node
+        self.group = collectives.world if base.crosses_nodes else collectives.node
         if self.group.process_group is None:
             raise RuntimeError("engine deepspeed needs torch.distributed.init_process_group, even for one process")
         self.weights: dict[str, Any] = {}
@@ -83,11 +83,7 @@ class DeepSpeedEngine:
         self.parts = {name: self._partition(name).float() for name in self.weights}
 
     def slice_of(self, name: str, rank: int) -> Slice:
-        numel = self.weights[name].ds_numel
-        part = -(-numel // self.group.size)
-        # Ranks are numbered node by node, so the index inside a node is the same for the peers of other nodes.
-        index = rank % self.group.size
-        return min(index * part, numel), min((index + 1) * part, numel)
+        return cut(tuple(self.weights[name].ds_shape), self.group.size, rank, rows=False)
 
     def _partition(self, name: str) -> Tensor:
         """This rank's slice, without the padding of the last ranks."""
@@ -120,37 +116,46 @@ class _Counted:
         return self.gather(weights, **options)
 
 
+def lacking() -> str:
+    """What is missing, and how to get it; empty if the package is there."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return "'deepspeed' needs the package deepspeed; install it with pip install 'lte-scale[deepspeed]'"
+    return ""
+
+
 def check_installed() -> None:
     """
     Raises:
         ValueError: if the package deepspeed is missing.
     """
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ValueError(
-            "engine.name: 'deepspeed' needs the package deepspeed; install it with pip install 'lte-scale[deepspeed]', "
-            "or use engine=fsdp"
-        )
+    if lack := lacking():
+        raise ValueError(f"engine.name: {lack}, or use engine=fsdp")
 
 
-def _imported(device: torch.device, topology: Topology) -> Any:
-    """The package, told where it runs.
+def imported(device: torch.device) -> Any:
+    """The package, told which device it is for, and quiet."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _ready(device: torch.device, topology: Topology) -> Any:
+    """The package, on the process group that is there.
 
     Raises:
         ValueError: if it is not installed.
     """
     check_installed()
-    os.environ["DS_ACCELERATOR"] = device.type
     for key, value in (
         ("RANK", topology.rank),
         ("WORLD_SIZE", topology.world_size),
         ("LOCAL_RANK", topology.local_rank),
     ):
         os.environ.setdefault(key, str(value))
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
-    import deepspeed.comm
-
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed = imported(device)
     # Its shared-memory all-reduce, which nothing here calls, would be compiled at the first start, for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():

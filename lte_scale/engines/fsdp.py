@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lte_scale.collectives import Collectives
 from lte_scale.config.schema import BaseConfig
-from lte_scale.engines.base import Slice, materialise
+from lte_scale.engines.base import Slice, cut, materialise
 from lte_scale.model import Heads
 
 
@@ -22,8 +22,8 @@ class FSDPEngine:
     """The base as DTensors over a node or the world, cut along rows as `torch.chunk` cuts.
 
     With `base.gather: window` a unit is gathered once and stays whole until the shards are next edited. With scope
-    `global` and gather `node` or `window` the units are sharded inside the node: the compute copy of DESIGN; the
-    master, which the merge owns, is sharded further.
+    `global` and gather `node` or `window` the units are sharded inside the node; the master, which the merge
+    owns, is sharded further.
     """
 
     tied_steps = 0
@@ -40,7 +40,7 @@ class FSDPEngine:
         compute_dtype: torch.dtype,
     ) -> None:
         self.model, self.heads = model, heads
-        self.group = collectives.world if base.scope == "global" and base.gather == "pass" else collectives.node
+        self.group = collectives.world if base.crosses_nodes else collectives.node
         keep = base.gather == "window"
         if self.group.process_group is None:
             raise RuntimeError("engine fsdp needs torch.distributed.init_process_group, even for one process")
@@ -66,11 +66,7 @@ class FSDPEngine:
 
     def slice_of(self, name: str, rank: int) -> Slice:
         layer = self.heads.linears[name]
-        rows, columns = layer.B.shape[1], layer.A.shape[2]
-        chunk = -(-rows // self.group.size)
-        # Ranks are numbered node by node, so the index inside a node is the same for the peers of other nodes.
-        index = rank % self.group.size
-        return min(index * chunk, rows) * columns, min((index + 1) * chunk, rows) * columns
+        return cut((layer.B.shape[1], layer.A.shape[2]), self.group.size, rank, rows=True)
 
     @contextmanager
     def editable(self) -> Iterator[Mapping[str, Tensor]]:

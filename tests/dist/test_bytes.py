@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lte_scale.arrangement import Arrangement, Bucket
 from lte_scale.collectives import Scope
 from lte_scale.config.schema import AdaptersConfig, BaseConfig, Config, MergeConfig, TopologyConfig, TrainConfig
 from lte_scale.cost import shapes_of
-from lte_scale.exchange import Bucket
 from lte_scale.memory import memory
 from lte_scale.model import attach, build
 from lte_scale.topology import Topology
-from lte_scale.traffic import Arrangement, gather_traffic, run_traffic, step_traffic, times
+from lte_scale.traffic import gather_traffic, run_traffic, step_traffic, times
 from tests.dist.equality import Outcome, Run, train
 from tests.reference import CLASSES, TINY
 
@@ -109,7 +109,7 @@ def held(rank: int, config: Config) -> dict[str, int]:
     parameters = run.heads.parameters().values()
     layers = run.heads.linears.values()
     with merger.editable() as shards:
-        compute = list(shards.values()) if merger.separate else []
+        compute = list(shards.values()) if merger.arrangement.separate else []
     kept: dict[str, list[Tensor | None]] = {
         "master": [t for outer in outers for t in outer.masters.values()],
         "momentum": [t for outer in outers for t in outer.momenta.values()],

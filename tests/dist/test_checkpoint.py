@@ -53,17 +53,23 @@ def save(rank: int, config: Config, directory: str, asynchronous: bool) -> dict[
     return everything(run)
 
 
-def load(rank: int, config: Config, directory: str) -> tuple[dict[str, Tensor], dict[str, object], dict[int, int]]:
+def loaded(config: Config, directory: str) -> tuple[Run, dict[str, object], dict[int, int]]:
+    """Everything built anew, with what the newest checkpoint holds; the trainer's state, the positions."""
     run = Run(config)
     checkpoints = Checkpoints(Path(directory), CheckpointConfig(), run.collectives)
     found = checkpoints.find("auto")
     assert found is not None
     pieces = pieces_of(run)
     state = checkpoints.load(found, pieces)
+    checkpoints.close()
+    return run, state, pieces.positions
+
+
+def load(rank: int, config: Config, directory: str) -> tuple[dict[str, Tensor], dict[str, object], dict[int, int]]:
+    run, state, positions = loaded(config, directory)
     for step in range(SAVED + 1, LAST + 1):
         run.step(step)
-    checkpoints.close()
-    return everything(run), state, pieces.positions
+    return everything(run), state, positions
 
 
 def with_average(config: Config) -> Config:
@@ -95,12 +101,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(
 def masters_after_load(
     rank: int, config: Config, directory: str
 ) -> tuple[dict[str, tuple[int, Tensor]], dict[str, Tensor], bool]:
-    run = Run(config)
-    checkpoints = Checkpoints(Path(directory), CheckpointConfig(), run.collectives)
-    found = checkpoints.find("auto")
-    assert found is not None
-    checkpoints.load(found, pieces_of(run))
-    checkpoints.close()
+    run, _, _ = loaded(config, directory)
     with run.merger.editable():
         parts = {n: (own.own[0], run.merger.outer.masters[n].clone()) for n, own in run.merger.ownership.items()}
     run.step(1)

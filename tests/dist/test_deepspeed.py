@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lte_scale.checkpoint import Checkpoints
-from lte_scale.config.schema import CheckpointConfig, Config, EngineConfig
+from lte_scale.config.schema import Config, EngineConfig
 from tests.dist.equality import Run, train
 from tests.dist.test_checkpoint import (
     SAVED,
     everything,
     joined,
     load,
+    loaded,
     masters_after_load,
-    pieces_of,
     save,
     with_average,
 )
@@ -32,14 +30,6 @@ CUT = ("compute/", "master/", "momentum/", "average/")
 """What every engine cuts in its own way."""
 
 Case = tuple[str, int, tuple[str, str], str, int, str]
-
-
-@pytest.fixture(scope="module")
-def zero4() -> Iterator[DistributedPool]:
-    """Processes of their own: DeepSpeed changes the interpreter that imports it."""
-    pool = DistributedPool(4)
-    yield pool
-    pool.close()
 
 
 def with_deepspeed(config: Config, **options: Any) -> Config:
@@ -124,17 +114,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(
 
 def heads_after_load(rank: int, config: Config, directory: str) -> dict[str, torch.Tensor]:
     """What is not cut into parts, right after loading."""
-    return {k: v for k, v in everything(_loaded(config, directory)).items() if not k.startswith(CUT)}
-
-
-def _loaded(config: Config, directory: str) -> Run:
-    run = Run(config)
-    checkpoints = Checkpoints(Path(directory), CheckpointConfig(), run.collectives)
-    found = checkpoints.find("auto")
-    assert found is not None
-    checkpoints.load(found, pieces_of(run))
-    checkpoints.close()
-    return run
+    return {k: v for k, v in everything(loaded(config, directory)[0]).items() if not k.startswith(CUT)}
 
 
 @pytest.mark.parametrize("writer", ["fsdp", "deepspeed"])

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from lte_scale.config.schema import Config, EngineConfig
+from lte_scale.arrangement import Arrangement
+from lte_scale.config.schema import Config
 from lte_scale.memory import memory
-from lte_scale.traffic import Arrangement, Traffic, gather_traffic, merge_traffic, run_traffic, step_traffic, times
+from lte_scale.traffic import Traffic, gather_traffic, merge_traffic, run_traffic, step_traffic, times
 from tests.dist.equality import Run
 from tests.dist.test_bytes import EVERY, RANKS, STEPS, arrangement, configuration, held, measured
+from tests.dist.test_deepspeed import with_deepspeed
 from tests.harness import DistributedPool
 
 pytest.importorskip("deepspeed")
-
-
-@pytest.fixture(scope="module")
-def zero4() -> Iterator[DistributedPool]:
-    pool = DistributedPool(4)
-    yield pool
-    pool.close()
-
-
-def deepspeed(config: Config) -> Config:
-    return replace(config, engine=EngineConfig(name="deepspeed"))
 
 
 def assert_equal(a: Arrangement, sent: list[Traffic]) -> None:
@@ -44,13 +35,13 @@ def assert_equal(a: Arrangement, sent: list[Traffic]) -> None:
 @pytest.mark.parametrize(("scope", "gather"), [("node", "pass"), ("global", "pass"), ("global", "node")])
 @pytest.mark.parametrize("path", ["factor", "dense"])
 def test_bytes_equal_plan(zero4: DistributedPool, heads: int, scope: str, gather: str, path: str) -> None:
-    config = deepspeed(configuration(heads=heads, scope=scope, gather=gather, path=path, mode="resetless"))
+    config = with_deepspeed(configuration(heads=heads, scope=scope, gather=gather, path=path, mode="resetless"))
     assert_equal(arrangement(config), [_traffic(outcome.bytes_sent) for outcome in measured(zero4, config)])
 
 
 @pytest.mark.parametrize("scope", ["node", "global"])
 def test_bytes_in_half_precision_and_with_checkpointing(zero4: DistributedPool, scope: str) -> None:
-    config = deepspeed(configuration(scope=scope, precision="bf16"))
+    config = with_deepspeed(configuration(scope=scope, precision="bf16"))
     config = replace(config, train=replace(config.train, checkpoint_activations=True))
     assert_equal(arrangement(config), zero4.run(sent_under_autocast, config, STEPS, ranks_per_node=RANKS))
 
@@ -70,7 +61,7 @@ def _traffic(sent: Mapping[Any, int]) -> Traffic:
 @pytest.mark.parametrize("scope", ["node", "global"])
 def test_a_window_costs_one_gather(zero4: DistributedPool, scope: str) -> None:
     """Between the first window, in which DeepSpeed learns the order of the layers, and the end of the second."""
-    config = deepspeed(configuration(scope=scope, gather="window"))
+    config = with_deepspeed(configuration(scope=scope, gather="window"))
     a = arrangement(config)
     once, twice = (measured(zero4, config, steps) for steps in (EVERY, 2 * EVERY))
     for rank, (first, both) in enumerate(zip(once, twice, strict=True)):
@@ -82,7 +73,7 @@ def test_a_window_costs_one_gather(zero4: DistributedPool, scope: str) -> None:
 @pytest.mark.parametrize(("scope", "gather", "local_every"), [("node", "pass", 2), ("global", "node", 0)])
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_memory_equals_plan(zero4: DistributedPool, scope: str, gather: str, local_every: int, offload: str) -> None:
-    config = deepspeed(configuration(scope=scope, gather=gather, local_every=local_every, mode="resetless"))
+    config = with_deepspeed(configuration(scope=scope, gather=gather, local_every=local_every, mode="resetless"))
     config = replace(config, merge=replace(config.merge, outer="nesterov"))
     planned = memory(arrangement(config), activations=0)
     if offload == "cpu":
@@ -102,6 +93,6 @@ def partitions(rank: int, config: Config) -> int:
 
 
 def test_partitions_in_half_precision(zero4: DistributedPool) -> None:
-    config = deepspeed(configuration(precision="bf16"))
+    config = with_deepspeed(configuration(precision="bf16"))
     planned = memory(arrangement(config), activations=0)
     assert zero4.run(partitions, config, ranks_per_node=RANKS) == [planned.partitions] * 4
