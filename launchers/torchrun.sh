@@ -4,6 +4,7 @@
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node1 launchers/torchrun.sh train CONFIG [key=value ...]
 #
 # NPROC: ranks on this node (default: its GPUs, else 1). MASTER_PORT: default 29500.
+# RDZV_ID, a name for the job: nodes then find their numbers themselves, by a c10d rendezvous at MASTER_ADDR.
 set -euo pipefail
 
 nnodes=${NNODES:-1}
@@ -19,5 +20,11 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1} TORCH_FR_BUFF
 if [ "$nnodes" -eq 1 ]; then
     exec torchrun --standalone --nproc-per-node "$NPROC" -m lte_scale "$@"
 fi
-exec torchrun --nnodes "$nnodes" --nproc-per-node "$NPROC" --node-rank "${NODE_RANK:?number of this node, from 0}" \
-    --master-addr "${MASTER_ADDR:?host name of node 0}" --master-port "${MASTER_PORT:-29500}" -m lte_scale "$@"
+master=${MASTER_ADDR:?host name of node 0}
+port=${MASTER_PORT:-29500}
+if [ -n "${RDZV_ID:-}" ]; then
+    place=(--rdzv-backend c10d --rdzv-id "$RDZV_ID" --rdzv-endpoint "$master:$port")
+else
+    place=(--node-rank "${NODE_RANK:?number of this node, from 0}" --master-addr "$master" --master-port "$port")
+fi
+exec torchrun --nnodes "$nnodes" --nproc-per-node "$NPROC" "${place[@]}" -m lte_scale "$@"

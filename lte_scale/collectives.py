@@ -131,7 +131,7 @@ class Collectives:
             return tensor.unsqueeze(0)
         self.count(group, purpose, all_gather_bytes(group.size, tensor.nbytes))
         gathered = tensor.new_empty((group.size * tensor.numel(),))
-        dist.all_gather_into_tensor(gathered, tensor.contiguous().view(-1), group=group.process_group)
+        dist.all_gather_single(gathered, tensor.contiguous().view(-1), group=group.process_group)
         return gathered.view(group.size, *tensor.shape)
 
     def reduce_scatter(self, tensor: Tensor, group: Group, purpose: str) -> Tensor:
@@ -140,7 +140,7 @@ class Collectives:
             return tensor[0]
         self.count(group, purpose, reduce_scatter_bytes(group.size, tensor.nbytes))
         part = tensor.new_empty((tensor[0].numel(),))
-        dist.reduce_scatter_tensor(part, tensor.contiguous().view(-1), group=group.process_group)
+        dist.reduce_scatter_single(part, tensor.contiguous().view(-1), group=group.process_group)
         return part.view(tensor.shape[1:])
 
     def barrier(self) -> None:
@@ -173,4 +173,4 @@ class _CountedAllGather(AllGather):
         if self.group.size > 1:
             sent = all_gather_bytes(self.group.size, input_tensor.nbytes)
             self.collectives.count(self.group, self.purpose, sent)
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+        return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import sys
 from contextlib import ExitStack
 from datetime import timedelta
@@ -88,6 +89,13 @@ def train(config: Config, topology: Topology, device: torch.device) -> int:
     except TrainingError as error:
         print(f"lte-scale: {error}", file=sys.stderr)
         return FAILED
+    except ValueError:  # a refusal: said by the command line
+        raise
+    except Exception as error:
+        # Dated, in events.log: of the many that follow when one rank fails, it tells the first.
+        first_line = f"{type(error).__name__}: {error}".partition("\n")[0]
+        logs.log.error("on %s: %s", socket.gethostname(), first_line)
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -6,25 +6,21 @@ changed, and all of it ends with the process that made it.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "launchers"))
+from tests.nodes import ROOT, Nodes, die_with_us, lacking
 
-from emulate import ETC, Network  # noqa: E402
+# ETC is of launchers/, which tests.nodes puts on the path
+from emulate import ETC  # isort: skip
+
+__all__ = ["ROOT", "Cluster", "missing"]
 
 NEEDS = ("ip", "tc", "ssh", "ssh-keygen", "sshd", "pdsh", "pkill", "unshare")
 SSHD_EMPTY = Path("/run/sshd")
-_PR_SET_PDEATHSIG = 1
 _CLIENT = """
 Host *
     IdentityFile {folder}/key
@@ -47,12 +43,10 @@ UsePAM no
 
 def missing() -> str:
     """What this machine lacks for a cluster, or nothing."""
-    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    tools = [tool for tool in NEEDS if shutil.which(tool, path=path) is None]
-    return ", ".join([*tools, *(["root"] if os.geteuid() else [])])
+    return lacking(NEEDS)
 
 
-class Cluster:
+class Cluster(Nodes):
     """`nodes` nodes named node0, node1, ... A context manager that leaves nothing behind.
 
     Attributes:
@@ -60,11 +54,10 @@ class Cluster:
     """
 
     def __init__(self, folder: Path, nodes: int = 2, slots: int = 2) -> None:
-        self.folder, self.names = folder, [f"node{node}" for node in range(nodes)]
-        self.network = Network(nodes, mbit=1000)
+        super().__init__(nodes)
+        self.folder = folder
         self.hostfile = folder / "hostfile"
         self.hostfile.write_text("".join(f"{name} slots={slots}\n" for name in self.names))
-        self.servers: list[subprocess.Popen[bytes]] = []
         self.made: list[Path] = []
 
     def __enter__(self) -> Cluster:
@@ -99,7 +92,7 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_die_with_us,
+                preexec_fn=die_with_us,
             )
 
     def _wait_for_servers(self) -> None:
@@ -108,50 +101,6 @@ class Cluster:
             while self.start(0, ["ssh", name, "true"]).wait():
                 assert time.monotonic() < until, (self.folder / f"sshd{name[4:]}.log").read_text()
                 time.sleep(0.1)
-
-    def start(
-        self, node: int, command: Sequence[str], environ: Mapping[str, str] | None = None, *, cwd: Path | None = None
-    ) -> subprocess.Popen[str]:
-        """Run `command` on a node's network, under its name. The process is that of `command` itself."""
-        return subprocess.Popen(
-            [*self.network.command(node), *command],
-            cwd=cwd,
-            env={**os.environ, **(environ or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            text=True,
-        )
-
-    def processes(self, *words: str) -> dict[int, str]:
-        """Commands by process id on all nodes, of those that hold all `words`; the servers themselves left out."""
-        servers = {server.pid for server in self.servers}
-        found = {}
-        for namespace in self.network.namespaces:
-            for pid in map(int, subprocess.check_output(["ip", "netns", "pids", namespace], text=True).split()):
-                try:
-                    parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-                    command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-                except OSError:
-                    continue
-                if not servers & {pid, parent} and all(word in command for word in words):
-                    found[pid] = command
-        return found
-
-    def kill(self, *words: str) -> int:
-        """kill -9 of the processes whose command holds all `words`. Returns how many there were."""
-        found = self.processes(*words)
-        for pid in found:
-            os.kill(pid, signal.SIGKILL)
-        return len(found)
-
-    def wait_until_empty(self, seconds: float) -> dict[int, str]:
-        """What is left on the nodes after at most so many seconds."""
-        until = time.monotonic() + seconds
-        while (left := self.processes()) and time.monotonic() < until:
-            time.sleep(0.1)
-        return left
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -164,6 +113,3 @@ class Cluster:
         for path in self.made:
             path.rmdir()
 
-
-def _die_with_us() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
