@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv demo test test-slow test-deepspeed bench-engines lint format docs clean
+.PHONY: help venv demo test test-slow test-deepspeed test-slurm bench-engines lint format docs clean
 
 help:
 	@echo "make demo       train LTE on real images on this machine, to a picture"
 	@echo "make test       run the tests"
 	@echo "make test-slow  emulated networks with throttled links (root), long runs"
 	@echo "make test-deepspeed  DeepSpeed's launcher over ssh between emulated nodes, its compiled optimizers (root)"
+	@echo "make test-slurm  the job scripts on a real Slurm of emulated nodes (root)"
 	@echo "make bench-engines   step time, memory and merge time of the engines, side by side"
 	@echo "make lint       ruff, mypy, shellcheck"
 	@echo "make docs       write the generated reference pages anew"
@@ -26,15 +27,21 @@ demo: venv
 	$(BIN)/python launchers/demo.py
 
 test: venv
-	$(BIN)/python -m pytest -m "not slow and not deepspeed"
+	$(BIN)/python -m pytest -m "not slow and not deepspeed and not slurm"
 
 test-slow: venv
-	$(BIN)/python -m pytest -m "slow and not deepspeed" --timeout 900
+	$(BIN)/python -m pytest -m "slow and not deepspeed and not slurm" --timeout 900
 
 test-deepspeed: venv
 	(for tool in pdsh sshd ssh ip pkill; do command -v $$tool >/dev/null || exit 1; done) || \
 	    { apt-get -qq update && apt-get -qq install -y openssh-server openssh-client pdsh iproute2 procps; } </dev/null
 	$(BIN)/python -m pytest -m deepspeed --timeout 600
+
+test-slurm: venv
+	(export PATH=$$PATH:/usr/sbin; for tool in munged slurmctld slurmd sbatch ip tc; do command -v $$tool >/dev/null || exit 1; done) || \
+	    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+	        slurm-wlm slurmctld slurmd slurm-client munge iproute2; } </dev/null
+	$(BIN)/python -m pytest -m slurm --timeout 600
 
 bench-engines: venv
 	$(BIN)/python benchmarks/engines.py
@@ -43,7 +50,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck launchers/*.sh .ci/run
+	$(BIN)/shellcheck -x launchers/*.sh slurm/*.sh .ci/run
 
 format: venv
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""The command line: lte-scale train | plan | shards | eval | export | report."""
+"""The command line: lte-scale train | plan | preflight | shards | eval | export | report."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ USER_ERROR = 2
 COMMANDS = {
     "train": ("lte_scale.launch", "add_arguments", "run", "pre-train a vision transformer with LTE"),
     "plan": ("lte_scale.plan", "add_arguments", "run", "memory per rank, bytes per merge, chosen paths; needs no data"),
+    "preflight": ("lte_scale.preflight", "add_arguments", "run", "check every node before a run, in under a minute"),
     "shards": ("lte_scale.shards", "add_arguments", "run", "write WebDataset shards from images"),
     "eval": ("lte_scale.export", "add_eval_arguments", "run_eval", "accuracy of the merged weights of a run"),
     "export": ("lte_scale.export", "add_export_arguments", "run_export", "merged weights as safetensors for timm"),

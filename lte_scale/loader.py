@@ -50,7 +50,14 @@ def in_workers(make: Make[T], workers: int, prefetch: int) -> Iterator[T]:
         generator=torch.Generator(),
     )
     try:
-        yield from loader
+        # A signal to the whole process group, or to all processes of a job, is the training loop's to handle, and it
+        # still needs batches to finish its step: workers inherit that they heed none, from their first moment on.
+        heeded = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+        try:
+            items = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, heeded)
+        yield from items
     finally:
         atexit.unregister(writer.close)
         writer.close()
@@ -71,12 +78,9 @@ def _unchanged(item: T) -> T:
 
 
 def _start_worker(reader: Connection, writer: Connection, worker: int) -> None:
-    """A signal to the whole process group is the training loop's to handle, and it still needs batches to finish its
-    step; so a worker heeds none, and ends when its loop has ended."""
+    """A worker heeds no signal: it ends when its loop has ended."""
     writer.close()
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_after, args=(reader,), daemon=True).start()
 
 

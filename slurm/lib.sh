@@ -26,7 +26,7 @@ train_job() {
     say_attempt
     trap on_usr1 USR1
     trap 'stop=${stop:-TERM}' TERM
-    run_step preflight || end_early "$?" "preflight failed"
+    run_step preflight || end_early "$?" "preflight failed: $(preflight_reason)" # it has said so itself
     end_if_stopped
     local before
     while true; do
@@ -164,17 +164,21 @@ requeue() { # REASON; does not return
     local code=${REQUEUE_CODE:-}
     [ -n "$code" ] || code=$(scontrol show config | sed -n 's/^RequeueExit *= *\([0-9]*\).*/\1/p')
     [ "${code:-0}" = 0 ] || exit "$code"
-    scontrol requeue "$SLURM_JOB_ID" || end_early 1 "this site does not let a job requeue itself; the same sbatch command resumes"
+    if ! scontrol requeue "$SLURM_JOB_ID"; then
+        note "this site does not let the job requeue itself; the same sbatch command resumes"
+        exit 1
+    fi
     exit 0
 }
 
 end_early() { # CODE REASON [FIRST ERROR]; does not return
     end_if_stopped
-    local failure=${3:-}
-    note "$2; logs in $state/$SLURM_JOB_ID"
-    remember "$2${failure:+: $failure}"
-    [ -z "$failure" ] || say "first error: $failure"
-    [ -n "$failure" ] || preflight_reason
+    record "$2${3:+: $3}"
+    remember "$2${3:+: $3}"
+    if [ -n "${3:-}" ]; then # the last word is the error's
+        say "$2; logs in $state/$SLURM_JOB_ID"
+        say "first error: $3"
+    fi
     exit "$1"
 }
 
@@ -210,10 +214,11 @@ run_step() { # preflight|train; the exit code of the first node that failed
     done
     local names
     names=$(IFS=, && echo "${nodes[*]}")
-    # All cores of a node for its one task: srun does not take --cpus-per-task over from sbatch. A task that fails ends
-    # the others at once, where they would wait for it.
+    # All cores of a node for its one task: srun does not take --cpus-per-task over from sbatch.
     local srun=(srun --nodes="$count" --ntasks="$count" --ntasks-per-node=1 --nodelist="$names"
-        --cpus-per-task="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" --kill-on-bad-exit=1 --label)
+        --cpus-per-task="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" --label)
+    # A node that fails ends the others at once, where they would wait for it; preflight is to hear all of them.
+    [ "$kind" = preflight ] || srun+=(--kill-on-bad-exit=1)
     [ "$count" = "$SLURM_JOB_NUM_NODES" ] || srun+=(--overlap)
     case ${CONTAINER:-} in
         '' | *.sif) ;;
@@ -250,9 +255,13 @@ mounts() {
 
 say() { echo "slurm: $*"; }
 
-# To the run's events as well.
 note() {
     say "$*"
+    record "$*"
+}
+
+# To the run's events.
+record() {
     echo "$(date +%Y-%m-%dT%H:%M:%S.%3N%:z) slurm info job $SLURM_JOB_ID: $*" >>"$RUN_DIR/events.log"
 }
 
@@ -263,7 +272,7 @@ refuse() {
 
 # Lines of `srun --label` ("3: text") to the log of each node, and to the job's log what a person wants to read there:
 # not tracebacks nor the launchers' tables, which a failing job would print once per rank.
-noise='^( |\[rank[0-9]+\]|\[?[WEIF][0-9]{4} |Traceback|\[20|\[[0-9]+\]:|={4}|-{4}|torch\.|Root Cause|Failures:|.*FAILED$|$|.*(Error|Exception):)'
+noise='^( |\[rank[0-9]+\]|\[?[WEIF][0-9]{4} |Traceback|\[20|\[[0-9]+\]:|={4}|-{4}|torch\.|frame #|<omitting|Exception raised|terminate called|Root Cause|Failures:|.*FAILED$|$|.*(Error|Exception):)'
 split_logs() {
     trap '' TERM USR1 # they are for the ranks; these lines are still to come
     local line text node
@@ -272,7 +281,7 @@ split_logs() {
             node=${nodes[${BASH_REMATCH[1]}]} text=${BASH_REMATCH[2]}
             printf '%s\n' "$text" >>"$state/$SLURM_JOB_ID/$node.log"
             [[ $text =~ $noise ]] || printf '%s\n' "$text"
-        else
+        elif [[ ! $line =~ ^srun:.*(got\ SIG|forcing|Exited\ with\ exit\ code|Killed|Terminating|Force\ Terminated|Terminated|step\ aborted) ]]; then
             printf '%s\n' "$line"
         fi
     done
@@ -302,9 +311,9 @@ first_error() {
             {$1 = ""}
             !first {first = $0}
             !cause && !/onnection|NCCL|DistBackend|heartbeat|Broken pipe/ {cause = $0}
-            END {print cause ? cause : first}' | sed 's/^ *//')
+            END {print cause ? cause : first}' | sed 's/^ *//') || true
     fi
-    [ -n "$found" ] || found=$(last_step_lines | grep -E 'lte-scale:|launchers/|Error|error:' | head -n 1)
+    [ -n "$found" ] || found=$(last_step_lines | grep -E 'lte-scale:|launchers/|Error|error:' | head -n 1) || true
     echo "${found:-no rank has said why}"
 }
 

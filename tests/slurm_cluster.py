@@ -1,4 +1,4 @@
-"""A real Slurm for tests: munge, slurmctld and one slurmd per network namespace, with fake GPUs; gone with its maker."""
+"""A real Slurm for tests: munge, slurmctld and a slurmd per network namespace, fake GPUs; gone with its maker."""
 
 from __future__ import annotations
 
@@ -12,13 +12,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from tests.harness import free_port
 from tests.nodes import Nodes, die_with_us, lacking
 
-NEEDS = ("ip", "tc", "unshare", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo", "squeue")
+NEEDS = (
+    "ip",
+    "tc",
+    "unshare",
+    "munged",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "scancel",
+    "scontrol",
+    "sinfo",
+    "squeue",
+)
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 _CONFIG = """
 ClusterName=lte
 SlurmctldHost=ctl({subnet}.254)
+SlurmctldPort={port}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge/socket,cred_expire=5
 CredType=cred/munge
@@ -105,7 +120,12 @@ class SlurmCluster(Nodes):
         )
         (folder / "slurm.conf").write_text(
             _CONFIG.format(
-                folder=folder, subnet=self.network.subnet, gpus=self.gpus, nodes=nodes, kill_wait=self.kill_wait
+                folder=folder,
+                port=free_port(),
+                subnet=self.network.subnet,
+                gpus=self.gpus,
+                nodes=nodes,
+                kill_wait=self.kill_wait,
             )
         )
 
@@ -154,10 +174,18 @@ class SlurmCluster(Nodes):
             assert time.monotonic() < until, (self.folder / "slurmctld.log").read_text()[-3000:]
             time.sleep(0.2)
 
-    def run(self, *words: str, check: bool = True, environ: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+    def run(
+        self, *words: str, check: bool = True, environ: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> str:
         """Run a client command; what it prints."""
         done = subprocess.run(
-            words, env={**self.environ, **(environ or {})}, cwd=cwd, check=False, capture_output=True, text=True, timeout=60
+            words,
+            env={**self.environ, **(environ or {})},
+            cwd=cwd,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done.stdout

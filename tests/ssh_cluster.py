@@ -112,4 +112,3 @@ class Cluster(Nodes):
         self.network.__exit__(None, None, None)
         for path in self.made:
             path.rmdir()
-

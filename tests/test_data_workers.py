@@ -98,3 +98,27 @@ def test_workers_stuck_in_a_read_do_not_hold_up_the_end(tmp_path: Path) -> None:
     while set(multiprocessing.active_children()) - others and time.monotonic() < end:
         time.sleep(0.1)
     assert not set(multiprocessing.active_children()) - others
+
+
+STARTING = """
+import os, signal, threading, time
+from lte_scale.loader import in_workers
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda *_: None)
+def signals():
+    while True:
+        os.killpg(0, signal.SIGTERM)
+        os.killpg(0, signal.SIGUSR1)
+        time.sleep(0.001)
+threading.Thread(target=signals, daemon=True).start()
+for _ in range(3):
+    print(list(in_workers(lambda worker, workers: iter(range(worker, 6, workers)), 2, 2)), flush=True)
+"""
+
+
+def test_signals_do_not_reach_workers_that_are_starting() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STARTING], cwd=Path(__file__).parents[1], text=True, capture_output=True,
+        start_new_session=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.returncode) == ("[0, 1, 2, 3, 4, 5]\n" * 3, 0), done.stderr

@@ -25,6 +25,7 @@ LAYERS: dict[int, set[str]] = {
         "state",
         "launch",
         "plan",
+        "preflight",
         "estimate",
         "export",
         "cli",

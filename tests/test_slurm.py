@@ -1,4 +1,4 @@
-"""slurm/vit_l_64gpu.sh on a real Slurm of two nodes: trained, preempted, cancelled, killed; resumed as if nothing was."""
+"""slurm/vit_l_64gpu.sh on a real Slurm of two nodes: preempted, cancelled, killed; resumed as if nothing was."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from lte_scale.checkpoint import whole_checkpoints
 from lte_scale.cli import main
 from tests.nodes import ROOT
-from tests.slurm_cluster import SlurmCluster, missing
+from tests.slurm_cluster import ENDED, SlurmCluster, missing
 from tests.test_train import EMULATE, SMALL, assert_same_end, command, finish, records, tensors
 
 SCRIPT = str(ROOT / "slurm" / "vit_l_64gpu.sh")
@@ -90,6 +90,8 @@ class Job:
     def wait(self, reached: Callable[[], bool], what: str, seconds: float = 120) -> None:
         until = time.monotonic() + seconds
         while not reached():
+            state = self.cluster.job(self.number)["JobState"]
+            assert state not in ENDED or reached(), f"{state}, not {what}:\n{self.log}"
             assert time.monotonic() < until, f"not {what} after {seconds} s:\n{self.log}"
             time.sleep(0.1)
 
@@ -215,9 +217,7 @@ def test_a_killed_rank_is_named_and_the_job_restarts_while_it_makes_progress(
     assert_same_end(job.run_dir, whole)
 
 
-def test_without_progress_the_first_error_is_the_last_line(
-    cluster: SlurmCluster, digits: Path, tmp_path: Path
-) -> None:
+def test_without_progress_the_first_error_is_the_last_line(cluster: SlurmCluster, digits: Path, tmp_path: Path) -> None:
     job = Job(cluster, tmp_path, digits, *TRAIN, "train.duration=100000", "checkpoint.every=0")
     job.wait_for_step(3)
     kill_a_rank(cluster)
@@ -298,7 +298,9 @@ def test_64_ranks_as_the_script_asks_for_them(digits: Path, tmp_path: Path) -> N
     """Not one option on the command line: 8 nodes of 8 GPUs, and what each of them would run."""
     with SlurmCluster(nodes=8, gpus=8) as cluster:
         environ = {"DRY_RUN": "1", "DATA": str(digits), "VENV": str(Path(sys.executable).parent.parent)}
-        number = cluster.submit(ROOT, f"--output={tmp_path}/job.out", SCRIPT, f"run_dir={tmp_path / 'run'}", environ=environ)
+        number = cluster.submit(
+            ROOT, f"--output={tmp_path}/job.out", SCRIPT, f"run_dir={tmp_path / 'run'}", environ=environ
+        )
         assert cluster.wait_for_end(number, 60) == "COMPLETED"
         lines = (tmp_path / "job.out").read_text().splitlines()
     assert len(lines) == 8
