@@ -44,20 +44,24 @@ train_job() {
     done
 }
 
-# What to do after a step that failed: returns where training can go on in this allocation.
-recover() {
+# After a training step that failed: returns where training can go on in this allocation.
+recover() { # CHECKPOINT, the newest at the start of that step
     end_if_stopped
     local failure lost
     failure=$(first_error)
-    # Its own exit code tells a refusal or a bad node from a bad program: nothing here was changed meanwhile.
     lost=$(lost_nodes)
+    # A node may be gone without Slurm's knowing it yet. Preflight tells a bad node from a bad program.
+    if [ -z "$lost" ] && ! run_step preflight; then
+        end_if_stopped
+        lost=$(wait_for_lost_nodes)
+        [ -n "$lost" ] || requeue "a node does not pass preflight any more ($(preflight_reason))"
+    elif [ -z "$lost" ] && [ "$(newest_checkpoint)" = "$1" ]; then
+        end_early 1 "failed, and nothing was saved since the start before" "$failure"
+    fi
     if [ -n "$lost" ]; then
         note "lost: $lost ($failure)"
         without "$lost" || requeue "lost: $lost"
-    fi
-    run_step preflight || { end_if_stopped; requeue "a node does not pass preflight any more ($(preflight_reason))"; }
-    if [ -z "$lost" ] && [ "$(newest_checkpoint)" = "$1" ]; then
-        end_early 1 "failed, and nothing was saved since the start before" "$failure"
+        run_step preflight || { end_if_stopped; requeue "the other nodes do not pass preflight ($(preflight_reason))"; }
     fi
     note "restarts on ${nodes[*]} from $(newest_checkpoint) after: $failure"
 }
@@ -182,8 +186,21 @@ end_early() { # CODE REASON [FIRST ERROR]; does not return
     exit "$1"
 }
 
-lost_nodes() { # of this job, by Slurm's word: down, or (*) not answering
-    sinfo -h -N -n "$SLURM_JOB_NODELIST" -o '%N %T' | awk '$2 ~ /down|\*/ {print $1}' | sort -u | paste -sd' '
+lost_nodes() { # of those in use, by Slurm's word: down, or (*) not answering
+    local names
+    names=$(IFS=, && echo "${nodes[*]}")
+    sinfo -h -N -n "$names" -o '%N %T' | awk '$2 ~ /down|\*/ {print $1}' | sort -u | paste -sd' '
+}
+
+# Slurm takes its time to see that a node is gone (SlurmdTimeout, 300 s by default). To requeue, nobody need wait for it.
+wait_for_lost_nodes() {
+    local lost until=$((SECONDS + ${LOSS_SECONDS:-330}))
+    lost=$(lost_nodes)
+    while [ "${ON_NODE_LOSS:-requeue}" = shrink ] && [ -z "$lost$stop" ] && [ "$SECONDS" -lt "$until" ]; do
+        sleep 2
+        lost=$(lost_nodes)
+    done
+    echo "$lost"
 }
 
 without() { # NODES: go on with the others, if so configured
@@ -219,6 +236,7 @@ run_step() { # preflight|train; the exit code of the first node that failed
         --cpus-per-task="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" --label)
     # A node that fails ends the others at once, where they would wait for it; preflight is to hear all of them.
     [ "$kind" = preflight ] || srun+=(--kill-on-bad-exit=1)
+    # On a lost node the step before is never over.
     [ "$count" = "$SLURM_JOB_NUM_NODES" ] || srun+=(--overlap)
     case ${CONTAINER:-} in
         '' | *.sif) ;;
@@ -272,7 +290,7 @@ refuse() {
 
 # Lines of `srun --label` ("3: text") to the log of each node, and to the job's log what a person wants to read there:
 # not tracebacks nor the launchers' tables, which a failing job would print once per rank.
-noise='^( |\[rank[0-9]+\]|\[?[WEIF][0-9]{4} |Traceback|\[20|\[[0-9]+\]:|={4}|-{4}|torch\.|frame #|<omitting|Exception raised|terminate called|Root Cause|Failures:|.*FAILED$|$|.*(Error|Exception):)'
+noise='^( |\[rank[0-9]+\]|\[?[WEIF][0-9]{4} |Traceback|\[20|\[[0-9]+\]:|={4}|-{4}|torch\.|frame #|<omitting|Exception raised|terminate called|Root Cause|Failures:|.*FAILED$|$|[A-Za-z_.]*(Error|Exception):|(\[node [0-9]+ rank [0-9]+\] )?error: on )'
 split_logs() {
     trap '' TERM USR1 # they are for the ranks; these lines are still to come
     local line text node
@@ -313,8 +331,12 @@ first_error() {
             !cause && !/onnection|NCCL|DistBackend|heartbeat|Broken pipe/ {cause = $0}
             END {print cause ? cause : first}' | sed 's/^ *//') || true
     fi
-    [ -n "$found" ] || found=$(last_step_lines | grep -E 'lte-scale:|launchers/|Error|error:' | head -n 1) || true
-    echo "${found:-no rank has said why}"
+    if [ -z "$found" ] && [ -e "$STOP_MARK" ]; then
+        found="$(cat "$STOP_MARK"): told to stop (SIGTERM), though the job was not"
+    fi
+    [ -n "$found" ] || found=$(last_step_lines | grep -E 'lte-scale: .|launchers/.*: .|(Error|Exception): .' | head -n 1) || true
+    found=${found:-no rank has said why}
+    echo "${found:0:300}"
 }
 
 preflight_reason() { last_step_lines | sed -n 's/^[^:]*: \(\(preflight\|lte-scale\): .*\)/\1/p' | tail -n 1; }

@@ -63,7 +63,7 @@ while kill -0 $! 2>/dev/null; do
     wait $! || code=$?
 done
 if [ -n "$stopped" ] && [ "$code" != 0 ]; then
-    : >"$STOP_MARK"
+    echo "$SLURMD_NODENAME" >"$STOP_MARK"
     code=0
 fi
 exit "$code"

@@ -44,7 +44,7 @@ def job(tmp_path: Path) -> Path:
 
 
 def bash(job: Path, command: str, given: str = "", events_before: int = 0) -> str:
-    settings = f"LTE_HOME={ROOT} RUN_DIR={job.parents[1]} state={job.parent} SLURM_JOB_ID=7 nodes=(node0 node1)"
+    settings = f"LTE_HOME={ROOT} RUN_DIR={job.parents[1]} state={job.parent} SLURM_JOB_ID=7 STOP_MARK={job}/stopped nodes=(node0 node1)"
     script = f". {ROOT}/slurm/lib.sh; {settings}; events_before={events_before}; {command}"
     done = subprocess.run(["bash", "-c", script], input=given, capture_output=True, text=True, check=True, timeout=30)
     assert done.stderr == ""
@@ -84,6 +84,12 @@ def test_errors_of_earlier_steps_are_over(job: Path) -> None:
         f"{TABLE.format(root='-9', other='1')}==== attempt 1, train\nlte-scale: run_dir: full\n"
     )
     assert bash(job, "first_error", events_before=len(CAUSE)) == "node0: lte-scale: run_dir: full"
+
+
+def test_a_node_that_was_told_to_stop(job: Path) -> None:
+    (job / "node1.log").write_text(TABLE.format(root="-15", other="143"))
+    (job / "stopped").write_text("node1\n")
+    assert bash(job, "first_error") == "node1: told to stop (SIGTERM), though the job was not"
 
 
 def test_nothing_was_said(job: Path) -> None:
