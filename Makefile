@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv demo test test-slow test-deepspeed test-slurm bench-engines lint format docs clean
+.PHONY: help venv demo test test-slow test-deepspeed test-slurm test-docker bench-engines lint format docs clean
 
 help:
 	@echo "make demo       train LTE on real images on this machine, to a picture"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-slow  emulated networks with throttled links (root), long runs"
 	@echo "make test-deepspeed  DeepSpeed's launcher over ssh between emulated nodes, its compiled optimizers (root)"
 	@echo "make test-slurm  the job scripts on a real Slurm of emulated nodes (root)"
+	@echo "make test-docker  docker/Dockerfile.cpu followed in a clean Debian, and a training in it (root, no engine)"
 	@echo "make bench-engines   step time, memory and merge time of the engines, side by side"
 	@echo "make lint       ruff, mypy, shellcheck"
 	@echo "make docs       write the generated reference pages anew"
@@ -43,6 +44,13 @@ test-slurm: venv
 	        slurm-wlm slurmctld slurmd slurm-client munge iproute2; } </dev/null
 	$(BIN)/python -m pytest -m slurm --timeout 600
 
+test-docker: venv
+	(for tool in mmdebstrap unshare nsenter ip promtool; do command -v $$tool >/dev/null || exit 1; done) || \
+	    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y \
+	        mmdebstrap util-linux iproute2 prometheus; } </dev/null
+	$(BIN)/python -m pytest tests/test_docker.py
+	$(BIN)/python docker/check_cpu_image.py
+
 bench-engines: venv
 	$(BIN)/python benchmarks/engines.py
 
@@ -50,7 +58,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck -x launchers/*.sh slurm/*.sh .ci/run
+	$(BIN)/shellcheck -x launchers/*.sh slurm/*.sh docker/*.sh .ci/run
 
 format: venv
 	$(BIN)/ruff check --fix .

@@ -22,6 +22,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
 from lte_scale.topology import Topology
 
+# By the names that 2.14 gave them; builds just before it, as NVIDIA's, have the old ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 T = TypeVar("T")
 Scope = Literal["inter_node", "intra_node"]
 SCOPES: tuple[Scope, ...] = ("inter_node", "intra_node")
@@ -131,7 +135,7 @@ class Collectives:
             return tensor.unsqueeze(0)
         self.count(group, purpose, all_gather_bytes(group.size, tensor.nbytes))
         gathered = tensor.new_empty((group.size * tensor.numel(),))
-        dist.all_gather_single(gathered, tensor.contiguous().view(-1), group=group.process_group)
+        _all_gather(gathered, tensor.contiguous().view(-1), group=group.process_group)
         return gathered.view(group.size, *tensor.shape)
 
     def reduce_scatter(self, tensor: Tensor, group: Group, purpose: str) -> Tensor:
@@ -140,7 +144,7 @@ class Collectives:
             return tensor[0]
         self.count(group, purpose, reduce_scatter_bytes(group.size, tensor.nbytes))
         part = tensor.new_empty((tensor[0].numel(),))
-        dist.reduce_scatter_single(part, tensor.contiguous().view(-1), group=group.process_group)
+        _reduce_scatter(part, tensor.contiguous().view(-1), group=group.process_group)
         return part.view(tensor.shape[1:])
 
     def barrier(self) -> None:
@@ -173,4 +177,4 @@ class _CountedAllGather(AllGather):
         if self.group.size > 1:
             sent = all_gather_bytes(self.group.size, input_tensor.nbytes)
             self.collectives.count(self.group, self.purpose, sent)
-        return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+        return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)

@@ -165,6 +165,12 @@ class SlurmCluster(Nodes):
             os.kill(pid, 9)
         self.slurmds[node].wait()
 
+    def start_lost_nodes(self) -> None:
+        """Power on again what was lost."""
+        for node, server in self.slurmds.items():
+            if server.poll() is not None:
+                self.start_node(node)
+
     def wait_for_nodes(self, seconds: float = 60) -> None:
         """Until all nodes are idle."""
         until = time.monotonic() + seconds

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from lte_scale.assemble import assemble
 from lte_scale.checkpoint import Checkpoints, resolve, whole_checkpoints
@@ -88,6 +89,32 @@ def test_a_way_round_the_allowed_names_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="which is no part of a checkpoint"):
         read_metadata(tmp_path)
     assert not (tmp_path / "executed").exists()
+
+
+class Attribute:
+    """Pickled as getattr of a class."""
+
+    def __init__(self, of: type, name: str) -> None:
+        self.of, self.name = of, name
+
+    def __reduce__(self) -> tuple[object, tuple[type, str]]:
+        return getattr, (self.of, self.name)
+
+
+@pytest.mark.parametrize(
+    ("of", "name", "said"),
+    [
+        (_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT", "it is no table of tensors"),  # read, and no more than that
+        (_MEM_FORMAT_ENCODING, "__init__", "it takes __init__ of <enum"),
+        (Metadata, "__init__", "it takes __init__ of <class"),
+    ],
+)
+def test_of_attributes_only_the_members_that_python_3_11_2_pickles_so_are_read(
+    tmp_path: Path, of: type, name: str, said: str
+) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Attribute(of, name)))
+    with pytest.raises(ValueError, match=said):
+        read_metadata(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -44,8 +44,8 @@ def job(tmp_path: Path) -> Path:
 
 
 def bash(job: Path, command: str, given: str = "", events_before: int = 0) -> str:
-    settings = f"LTE_HOME={ROOT} RUN_DIR={job.parents[1]} state={job.parent} SLURM_JOB_ID=7 STOP_MARK={job}/stopped nodes=(node0 node1)"
-    script = f". {ROOT}/slurm/lib.sh; {settings}; events_before={events_before}; {command}"
+    settings = f"LTE_HOME={ROOT} RUN_DIR={job.parents[1]} state={job.parent} SLURM_JOB_ID=7 STOP_MARK={job}/stopped"
+    script = f". {ROOT}/slurm/lib.sh; {settings} nodes=(node0 node1); events_before={events_before}; {command}"
     done = subprocess.run(["bash", "-c", script], input=given, capture_output=True, text=True, check=True, timeout=30)
     assert done.stderr == ""
     return done.stdout.strip()
