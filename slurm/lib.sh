@@ -16,6 +16,9 @@
 #   DRY_RUN        1: say what every node would run, and end
 set -euo pipefail
 
+# shellcheck source=slurm/logs.sh
+. "${BASH_SOURCE[0]%/*}/logs.sh"
+
 train_job() {
     read_settings "$@"
     take_run_dir
@@ -73,6 +76,11 @@ read_settings() {
     [ -f "$CONFIG" ] || refuse "CONFIG: $CONFIG: no such file; give the path of a YAML file, as $LTE_HOME/configs/*.yaml"
     ENGINE=${ENGINE:-fsdp}
     case $ENGINE in fsdp | deepspeed) ;; *) refuse "ENGINE: '$ENGINE' is none; use fsdp or deepspeed" ;; esac
+    case ${CONTAINER:-} in
+        '') ;;
+        *.sif) [ -f "$CONTAINER" ] || refuse "CONTAINER: $CONTAINER: no such file; give the path of an image" ;;
+        *) srun --help | grep -q -e --container-image || refuse "CONTAINER: '$CONTAINER' needs pyxis, which this Slurm lacks; use a .sif, which apptainer runs" ;;
+    esac
     RUN_DIR=${RUN_DIR:-runs/$SLURM_JOB_NAME}
     overrides=()
     case ${DATA:-} in
@@ -97,7 +105,8 @@ read_settings() {
     first_port=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 2000 * 10))}
     attempt=${SLURM_RESTART_COUNT:-0} steps=0 stop=
     VENV=${VENV:-$LTE_HOME/.venv}
-    [ ! -x "$VENV/bin/python" ] || PATH=$VENV/bin:$PATH
+    # A container brings its own.
+    [ -n "${CONTAINER:-}" ] || [ ! -x "$VENV/bin/python" ] || PATH=$VENV/bin:$PATH
     export LTE_HOME CONFIG ENGINE RUN_DIR NPROC PATH CONTAINER="${CONTAINER:-}" MOUNTS
     MOUNTS=$(mounts)
 }
@@ -217,6 +226,7 @@ without() { # NODES: go on with the others, if so configured
 
 run_step() { # preflight|train; the exit code of the first node that failed
     local kind=$1 count=${#nodes[@]}
+    # shellcheck disable=SC2034  # for logs.sh
     events_before=$(stat -c %s "$RUN_DIR/events.log" 2>/dev/null || echo 0)
     steps=$((steps + 1))
     # A port of its own for every step: the one before may still hold its own.
@@ -268,75 +278,3 @@ mounts() {
     [ ! -d "${DATA:-}" ] || found+=("$(readlink -f "$DATA")")
     printf '%s\n' "${found[@]}" | sort -u | while read -r path; do echo "$path:$path"; done | paste -sd,
 }
-
-# ---------------------------------------------------------------------------------------------------- logs
-
-say() { echo "slurm: $*"; }
-
-note() {
-    say "$*"
-    record "$*"
-}
-
-# To the run's events.
-record() {
-    echo "$(date +%Y-%m-%dT%H:%M:%S.%3N%:z) slurm info job $SLURM_JOB_ID: $*" >>"$RUN_DIR/events.log"
-}
-
-refuse() {
-    echo "slurm: $*" >&2
-    exit 2
-}
-
-# Lines of `srun --label` ("3: text") to the log of each node, and to the job's log what a person wants to read there:
-# not tracebacks nor the launchers' tables, which a failing job would print once per rank.
-noise='^( |\[rank[0-9]+\]|\[?[WEIF][0-9]{4} |Traceback|\[20|\[[0-9]+\]:|={4}|-{4}|torch\.|frame #|<omitting|Exception raised|terminate called|Root Cause|Failures:|.*FAILED$|$|[A-Za-z_.]*(Error|Exception):|(\[node [0-9]+ rank [0-9]+\] )?error: on )'
-split_logs() {
-    trap '' TERM USR1 # they are for the ranks; these lines are still to come
-    local line text node
-    while IFS= read -r line; do
-        if [[ $line =~ ^\ *([0-9]+):\ ?(.*)$ ]]; then
-            node=${nodes[${BASH_REMATCH[1]}]} text=${BASH_REMATCH[2]}
-            printf '%s\n' "$text" >>"$state/$SLURM_JOB_ID/$node.log"
-            [[ $text =~ $noise ]] || printf '%s\n' "$text"
-        elif [[ ! $line =~ ^srun:.*(got\ SIG|forcing|Exited\ with\ exit\ code|Killed|Terminating|Force\ Terminated|Terminated|step\ aborted) ]]; then
-            printf '%s\n' "$line"
-        fi
-    done
-}
-
-# The lines of all nodes' logs, of the step that ran last, each after "NODE: ".
-last_step_lines() {
-    local node file
-    for node in "${nodes[@]}"; do
-        file=$state/$SLURM_JOB_ID/$node.log
-        [ ! -f "$file" ] || awk -v node="$node" '/^==== attempt/ {text = ""; next} {text = text node ": " $0 "\n"}
-            END {printf "%s", text}' "$file"
-    done
-}
-
-# One line: the first error of the first rank that failed in the last step.
-first_error() {
-    local found
-    # A rank that was killed cannot say so, and all others fail for its silence. Launchers say it, here in their tables.
-    found=$(last_step_lines | awk '
-        $2 == "rank" {rank = $4}
-        $2 == "exitcode" && $4 ~ /^-/ && $4 != "-15" {print $1, "rank", rank, "was killed by signal", -$4; exit}
-        / exits with return code = -[0-9]+$/ && $NF != "-15" {print $1, "a rank was killed by signal", -$NF; exit}')
-    if [ -z "$found" ]; then # else what ranks have said, first what is not about the end of another
-        found=$(tail -c "+$((events_before + 1))" "$RUN_DIR/events.log" 2>/dev/null | sort | awk '
-            $2 != "rank" || $4 != "error" {next}
-            {$1 = ""}
-            !first {first = $0}
-            !cause && !/onnection|NCCL|DistBackend|heartbeat|Broken pipe/ {cause = $0}
-            END {print cause ? cause : first}' | sed 's/^ *//') || true
-    fi
-    if [ -z "$found" ] && [ -e "$STOP_MARK" ]; then
-        found="$(cat "$STOP_MARK"): told to stop (SIGTERM), though the job was not"
-    fi
-    [ -n "$found" ] || found=$(last_step_lines | grep -E 'lte-scale: .|launchers/.*: .|(Error|Exception): .' | head -n 1) || true
-    found=${found:-no rank has said why}
-    echo "${found:0:300}"
-}
-
-preflight_reason() { last_step_lines | sed -n 's/^[^:]*: \(\(preflight\|lte-scale\): .*\)/\1/p' | tail -n 1; }

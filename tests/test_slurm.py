@@ -244,6 +244,8 @@ def test_mistakes_end_within_seconds_with_one_message(cluster: SlurmCluster, dig
         "no-config": (digits, [], {"CONFIG": "/nowhere/vit.yaml"}, "CONFIG: /nowhere/vit.yaml", "no such file"),
         "no-data": (tmp_path / "nothing", [], {}, str(tmp_path / "nothing"), "preflight: node0"),
         "engine": (digits, [], {"ENGINE": "fsdq"}, "ENGINE: 'fsdq'", "use fsdp or deepspeed"),
+        "image": (digits, [], {"CONTAINER": "nowhere.sif"}, "CONTAINER: nowhere.sif", "no such file"),
+        "no-pyxis": (digits, [], {"CONTAINER": "lte:cuda"}, "CONTAINER: 'lte:cuda'", "apptainer runs"),
         "override": (digits, ["duration"], {}, "'duration' is no override", "key=value"),
     }
     for name, (data, words, env, *said) in cases.items():
@@ -280,6 +282,20 @@ def test_one_run_directory_is_for_one_job_at_a_time(cluster: SlurmCluster, digit
     assert f"slurm: RUN_DIR: job {first.number} is running in {first.run_dir}" in first.log
     cluster.run("scancel", str(first.number))
     first.end("CANCELLED", 30)
+
+
+def test_a_container_runs_the_command_of_every_node(cluster: SlurmCluster, digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "lte.sif").touch()
+    job = Job(cluster, tmp_path, digits, CONTAINER=str(tmp_path / "lte.sif"), DRY_RUN="1")
+    lines = job.end("COMPLETED", 30)
+    inside = (
+        f"{tmp_path / 'lte.sif'} {ROOT}/launchers/torchrun.sh train {ROOT}/configs/demo.yaml data.train={digits}/train"
+    )
+    assert len(lines) == 2
+    for line in lines:
+        assert "threads each: apptainer exec --nv --bind " in line
+        assert all(f"{place}:{place}" in line for place in (ROOT, digits, job.run_dir))
+        assert f" --pwd {tmp_path} {inside} " in line
 
 
 def test_sweeps_take_a_value_per_task(cluster: SlurmCluster, digits: Path, tmp_path: Path) -> None:
