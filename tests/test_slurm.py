@@ -262,9 +262,9 @@ def test_mistakes_end_within_seconds_with_one_message(cluster: SlurmCluster, dig
 
 
 def test_deepspeed(cluster: SlurmCluster, digits: Path, tmp_path: Path) -> None:
-    """ENGINE=deepspeed: DeepSpeed's launcher on both nodes, requeued by USR1 and resumed."""
+    """ENGINE=deepspeed: DeepSpeed's launcher on both nodes; USR1, `scontrol requeue`, resumed."""
     pytest.importorskip("deepspeed")
-    job = Job(cluster, tmp_path, digits, *TRAIN, ENGINE="deepspeed", DS_ACCELERATOR="cpu")
+    job = Job(cluster, tmp_path, digits, *TRAIN, ENGINE="deepspeed", DS_ACCELERATOR="cpu", REQUEUE_CODE="0")
     job.wait_for_step(14)
     cluster.run("scancel", "-b", "--signal=USR1", str(job.number))
     job.end("COMPLETED")
