@@ -20,11 +20,10 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1} TORCH_FR_BUFF
 if [ "$nnodes" -eq 1 ]; then
     exec torchrun --standalone --nproc-per-node "$NPROC" -m lte_scale "$@"
 fi
-master=${MASTER_ADDR:?host name of node 0}
-port=${MASTER_PORT:-29500}
 if [ -n "${RDZV_ID:-}" ]; then
-    place=(--rdzv-backend c10d --rdzv-id "$RDZV_ID" --rdzv-endpoint "$master:$port")
+    meet=(--rdzv-backend c10d --rdzv-id "$RDZV_ID" --rdzv-endpoint "${MASTER_ADDR:?host name of node 0}:${MASTER_PORT:-29500}")
 else
-    place=(--node-rank "${NODE_RANK:?number of this node, from 0}" --master-addr "$master" --master-port "$port")
+    meet=(--node-rank "${NODE_RANK:?number of this node, from 0}" --master-addr "${MASTER_ADDR:?host name of node 0}"
+        --master-port "${MASTER_PORT:-29500}")
 fi
-exec torchrun --nnodes "$nnodes" --nproc-per-node "$NPROC" "${place[@]}" -m lte_scale "$@"
+exec torchrun --nnodes "$nnodes" --nproc-per-node "$NPROC" "${meet[@]}" -m lte_scale "$@"
