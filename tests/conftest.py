@@ -1,10 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from lte_scale.cli import main
 from tests.harness import DistributedPool
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of scikit-learn's digits, in train/ and val/."""
+    out = tmp_path_factory.mktemp("data") / "digits"
+    assert main(["shards", "digits", str(out)]) == 0
+    return out
 
 
 @pytest.fixture(scope="session")

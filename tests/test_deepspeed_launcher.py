@@ -17,7 +17,6 @@ import torch
 import yaml
 
 from lte_scale.checkpoint import whole_checkpoints
-from lte_scale.cli import main
 from tests.ssh_cluster import ROOT, Cluster, missing
 from tests.test_train import EMULATE, SMALL, command, finish, records, tensors, wait_for_step
 
@@ -44,13 +43,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
 }
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "digits"
-    assert main(["shards", "digits", str(out)]) == 0
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -23,13 +23,6 @@ ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    data = tmp_path_factory.mktemp("digits")
-    assert main(["shards", "digits", str(data)]) == 0
-    return data
-
-
 def words(data: Path, run_dir: Path, *overrides: str) -> list[str]:
     """A run of two steps."""
     fixed = [f"data.train={data / 'train'}", "data.val=", f"run_dir={run_dir}", "train.device=cpu", "train.duration=2"]

@@ -26,13 +26,6 @@ CONFIG = str(Path(__file__).parent.parent / "configs" / "demo.yaml")
 PLACE = Place(nodes=1, node=0, ranks=1, address="127.0.0.1", port=1)
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "digits"
-    assert main(["shards", "digits", str(out)]) == 0
-    return out
-
-
 class Job:
     """Nodes of two ranks as processes of this machine; `extra` are the words of single nodes."""
 
