@@ -203,6 +203,8 @@ class Trainer:
         results: dict[str, float] = {}
         if self.evaluator.index is None:
             return results
+        # It forks data workers, and one forked while a thread of a save holds a lock waits for that lock for ever.
+        self.checkpoints.finish(lambda: self.preemption.waiting(self.state.step))
         with self.merger.merged(average=self.config.train.ema_decay > 0):
             results = self.evaluator(self.engine.model)
         self.state.evaluated_step = self.state.step
