@@ -166,7 +166,7 @@ def test_a_lost_node_requeues_the_job(cluster: SlurmCluster, digits: Path, whole
     job.end("COMPLETED")
     assert job.restarts >= 1
     assert "slurm: attempt 1, from step_" in job.log
-    assert any(word in job.log for word in ("lost: node1", "a node is lost", "node1"))
+    assert any(word in job.log for word in ("lost: node1", "a node is lost", "Node failure on node1"))
     assert_same_end(job.run_dir, whole, leaving_out=AT_SAVES)
 
 
