@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv demo test test-slow test-deepspeed test-slurm test-docker bench-engines lint format docs clean
+.PHONY: help venv demo test test-slow test-deepspeed test-slurm test-docker test-observability bench-engines bench-metrics lint format docs dashboards clean
 
 help:
 	@echo "make demo       train LTE on real images on this machine, to a picture"
@@ -13,9 +13,12 @@ help:
 	@echo "make test-deepspeed  DeepSpeed's launcher over ssh between emulated nodes, its compiled optimizers (root)"
 	@echo "make test-slurm  the job scripts on a real Slurm of emulated nodes (root)"
 	@echo "make test-docker  docker/Dockerfile.cpu followed in a clean Debian, and a training in it (root, no engine)"
+	@echo "make test-observability  a real Prometheus on an emulated run, the report in a browser (root, apt)"
+	@echo "make bench-metrics   what metrics cost a step"
 	@echo "make bench-engines   step time, memory and merge time of the engines, side by side"
 	@echo "make lint       ruff, mypy, shellcheck"
 	@echo "make docs       write the generated reference pages anew"
+	@echo "make dashboards  write Grafana's dashboard anew"
 
 venv: $(VENV)/.installed
 
@@ -28,7 +31,7 @@ demo: venv
 	$(BIN)/python launchers/demo.py
 
 test: venv
-	$(BIN)/python -m pytest -m "not slow and not deepspeed and not slurm"
+	$(BIN)/python -m pytest -m "not slow and not deepspeed and not slurm and not observability"
 
 test-slow: venv
 	$(BIN)/python -m pytest -m "slow and not deepspeed and not slurm" --timeout 900
@@ -51,8 +54,17 @@ test-docker: venv
 	$(BIN)/python -m pytest tests/test_docker.py
 	$(BIN)/python docker/check_cpu_image.py
 
+test-observability: venv
+	(for tool in prometheus promtool chromium; do command -v $$tool >/dev/null || exit 1; done) || \
+	    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+	        prometheus chromium; } </dev/null
+	REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest -m observability --timeout 600
+
 bench-engines: venv
 	$(BIN)/python benchmarks/engines.py
+
+bench-metrics: venv
+	$(BIN)/python benchmarks/metrics.py
 
 lint: venv
 	$(BIN)/ruff check .
@@ -64,8 +76,12 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+dashboards: venv
+	$(BIN)/python docker/grafana/build.py
+
 docs: venv
 	$(BIN)/python -m lte_scale.config.reference > docs/configuration.md
+	$(BIN)/python -m lte_scale.metrics.catalogue > docs/metrics.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

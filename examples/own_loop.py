@@ -38,7 +38,7 @@ config = load_config(
 lte = adapt(config, num_classes=10)
 for step in range(1, STEPS + 1):
     batch = train[torch.randint(len(train), (4 * BATCH,))]  # head-major: the first quarter is the first head's
-    with torch.autocast("cpu", torch.bfloat16):
+    with lte.autocast:
         logits = lte.model(images[batch]).float()
     losses = F.cross_entropy(logits, labels[batch], reduction="none").view(4, BATCH).mean(1)
     losses.sum().backward()

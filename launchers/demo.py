@@ -46,9 +46,10 @@ def train_until_interrupted() -> None:
 
 def show_endpoints() -> None:
     for endpoint in sorted((RUN / "endpoints").iterdir()):
-        url = f"http://{endpoint.read_text().strip()}/metrics"
+        ((target,),) = [group["targets"] for group in json.loads(endpoint.read_text())]
+        url = f"http://{target}/metrics"
         text = urllib.request.urlopen(url, timeout=10).read().decode()
-        wanted = ("lte_images_per_second", "lte_loss", "lte_network_bytes_total", "lte_merges_total")
+        wanted = ("lte_images_per_second", "lte_loss", "lte_windows_total", "lte_merge_seconds_count")
         lines = [line for line in text.splitlines() if line.startswith(wanted)]
         print(f"-- {url}\n   " + "\n   ".join(lines), flush=True)
 

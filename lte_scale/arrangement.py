@@ -128,7 +128,7 @@ class Arrangement:
     @property
     def compute_bytes(self) -> int:
         """Bytes of a gathered value."""
-        return 2 if self.config.train.precision == "bf16" else FP32
+        return 2 if self.config.train.bf16 else FP32
 
     def shard(self, name: str, rank: int) -> Slice:
         """The part of weight `name` that the engine stores at global rank `rank`."""

@@ -22,17 +22,19 @@ from lte_scale.engines.fsdp import FSDPEngine
 from lte_scale.merge import Merger
 from lte_scale.model import Heads, attach, build
 from lte_scale.optim import HeadOptimizer
+from lte_scale.precision import with_precision
 from lte_scale.topology import from_environment
 
 
 @dataclass(frozen=True)
 class LTE:
-    """What a training loop needs: call `model`, step `optimizer`, and `merger` when it is due."""
+    """What a training loop needs: call `model` under `autocast`, step `optimizer`, and `merger` when it is due."""
 
     heads: Heads
     engine: Engine
     merger: Merger
     optimizer: HeadOptimizer
+    autocast: torch.autocast
     flops_per_image: int
 
     @property
@@ -69,7 +71,8 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
     blocks = wrap_blocks(
         model, checkpoint_activations=config.train.checkpoint_activations, compile=config.train.compile
     )
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.bf16)
+    dtype = torch.bfloat16 if config.train.bf16 else torch.float32
     engine: Engine
     if config.engine.name == "fsdp":
         engine = FSDPEngine(model, heads, blocks, collectives, config.base, device=device, compute_dtype=dtype)
@@ -80,7 +83,7 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
         engine = SingleEngine(model, heads, device)
     fill_base(engine, heads, rank=collectives.topology.rank, seed=config.seed)
     merger = Merger(heads, engine, collectives, arrangement)
-    return LTE(heads, engine, merger, HeadOptimizer(heads, config.optimizer, collectives), flops)
+    return LTE(heads, engine, merger, HeadOptimizer(heads, config.optimizer, collectives), autocast, flops)
 
 
 def _plain_attention(model: nn.Module) -> None:
@@ -92,5 +95,6 @@ def _plain_attention(model: nn.Module) -> None:
 
 def adapt(config: Config, num_classes: int, device: str | torch.device = "cpu") -> LTE:
     """`assemble` for a loop of one's own, on the ranks that torchrun started or in one process."""
+    device = torch.device(device)
     topology = from_environment(config.topology.heads_per_node)
-    return assemble(config, num_classes, Collectives(topology), torch.device(device))
+    return assemble(with_precision(config, device), num_classes, Collectives(topology, device=device), device)

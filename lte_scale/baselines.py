@@ -66,12 +66,18 @@ def baselines(model: FullRank, topology: Topology) -> list[Method]:
     return [_ddp(model, topology), _fsdp(model, topology), _diloco(model, topology)]
 
 
-def _ddp(m: FullRank, t: Topology) -> Method:
-    def step(links: Links) -> None:
-        links.all_reduce(links.world, "gradient", _GRADIENT * m.values)
+def ddp_traffic(values: int, topology: Topology) -> dict[Scope, float]:
+    """Bytes that a node sends per step of full-rank DDP with fp32 gradients, for a model of so many parameters."""
 
+    def step(links: Links) -> None:
+        links.all_reduce(links.world, "gradient", _GRADIENT * values)
+
+    return _per_step(topology, step)
+
+
+def _ddp(m: FullRank, t: Topology) -> Method:
     memory = {"state": m.state * m.values, "activations": m.autocast_activations}
-    return Method("full-rank DDP", memory, _per_step(t, step))
+    return Method("full-rank DDP", memory, ddp_traffic(m.values, t))
 
 
 def _fsdp(m: FullRank, t: Topology) -> Method:

@@ -35,6 +35,7 @@ import json
 import os
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent import futures
@@ -139,7 +140,11 @@ def _top1(path: Path) -> float | None:
 
 
 class Checkpoints:
-    """Saves and loads the checkpoints of a run, at most one save in flight. Every method is collective, but `poll`."""
+    """Saves and loads the checkpoints of a run, at most one save in flight. Every method is collective, but `poll`.
+
+    Attributes:
+        ended: called on every rank with the step of a save that has ended, and its seconds (None if it failed).
+    """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, collectives: Collectives) -> None:
         self.run_dir, self.config, self.collectives = run_dir, config, collectives
@@ -152,6 +157,8 @@ class Checkpoints:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a world of one needs no group
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
+        self._step, self._began = 0, 0.0
+        self.ended: Callable[[int, float | None], None] = lambda step, seconds: None
         if self.first:
             for stale in (run_dir / "checkpoints").glob(".tmp-*"):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -177,12 +184,13 @@ class Checkpoints:
         path = self.run_dir / "checkpoints" / f"step_{state['step']:08d}"
         described = {**state, "top1": top1, "topology": asdict(self.collectives.topology), "format": FORMAT}
         described |= {"heads": self.collectives.topology.heads, "position": max(pieces.positions.values())}
+        self._step, self._began = int(state["step"]), time.monotonic()
         self._saving = self._executor.submit(self._write, path, tensors, described, config_text)
         if wait or not self.config.asynchronous:
             self.finish(meanwhile)
 
     def _write(self, path: Path, tensors: Tensors, state: dict[str, Any], config_text: str) -> None:
-        temporary = path.with_name(f".tmp-{path.name}")
+        temporary, began = path.with_name(f".tmp-{path.name}"), time.monotonic()
         try:
             dcp_save(tensors, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None)
             if self.first:
@@ -196,6 +204,7 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise RuntimeError(f"checkpoint {path.name} could not be written: {reason(error)}") from error
         if self.first:
+            log.info("saved checkpoint %s in %.1f s", path.name, time.monotonic() - began)
             self._retain()
 
     def _supersede(self, path: Path) -> None:
@@ -233,12 +242,15 @@ class Checkpoints:
             return
         while not futures.wait([self._saving], timeout=0.2).done:
             meanwhile()
+        seconds: float | None = time.monotonic() - self._began
         try:
             self._saving.result()
         except RuntimeError as error:
+            seconds = None
             if self.first:
                 log.warning("%s; training goes on, earlier checkpoints are untouched", error)
         self._saving = None
+        self.ended(self._step, seconds)
 
     def close(self) -> None:
         """Wait for a save in flight."""

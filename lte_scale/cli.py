@@ -1,4 +1,4 @@
-"""The command line: lte-scale train | plan | preflight | shards | eval | export | report."""
+"""The command line: lte-scale train | plan | preflight | shards | eval | export | top | report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ COMMANDS = {
     "shards": ("lte_scale.shards", "add_arguments", "run", "write WebDataset shards from images"),
     "eval": ("lte_scale.export", "add_eval_arguments", "run_eval", "accuracy of the merged weights of a run"),
     "export": ("lte_scale.export", "add_export_arguments", "run_export", "merged weights as safetensors for timm"),
-    "report": ("lte_scale.report", "add_arguments", "run", "curves and a comparison of runs, PNG and HTML"),
+    "top": ("lte_scale.top", "add_arguments", "run", "the live state of a run, from its endpoints"),
+    "report": (
+        "lte_scale.report",
+        "add_arguments",
+        "run",
+        "a page on runs: curves, time, bytes, heads, events; HTML and PNG",
+    ),
 }
 
 

@@ -5,12 +5,15 @@ sends to its successor in the group, so the bytes are *inter-node* when that suc
 Summed over a node's ranks this is what leaves its network interface (plus the headers of the protocol).
 
 A group of one is the identity: nothing is sent, nothing is copied, no process group is needed.
+
+Every call is also timed, and noted while it lasts, so that a rank that waits for ever can say for whom.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, TypeVar, cast
@@ -20,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
+from lte_scale.timing import Stopwatch
 from lte_scale.topology import Topology
 
 # By the names that 2.14 gave them; builds just before it, as NVIDIA's, have the old ones.
@@ -55,6 +59,15 @@ class Group:
         return len(self.ranks)
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A collective that this rank has entered: the `number`-th one in a group of these `ranks`."""
+
+    purpose: str
+    ranks: tuple[int, ...]
+    number: int
+
+
 def all_reduce_bytes(size: int, message_bytes: int) -> int:
     """Bytes one rank sends in a ring all-reduce of a message over `size` ranks."""
     return 2 * (size - 1) * message_bytes // size
@@ -79,15 +92,28 @@ class Collectives:
         head: the ranks that share this rank's head.
         world: all ranks.
         bytes_sent: bytes this rank has sent, by (scope, purpose).
+        clock: time in collectives, by (scope, purpose).
+        entered: how many collectives this rank has entered in each group, by its ranks.
+        last: the collective it entered last, and `inside` whether it is still there.
     """
 
-    def __init__(self, topology: Topology, *, timeout_seconds: float = 600.0) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        *,
+        timeout_seconds: float = 600.0,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+    ) -> None:
         """Collective where torch.distributed is initialised: every rank creates every group, in the same order.
 
         Groups that FSDP shards over exist even for one rank, since FSDP needs a process group.
         """
         self.topology = topology
         self.bytes_sent: Counter[tuple[Scope, str]] = Counter()
+        self.clock: Stopwatch[tuple[Scope, str]] = Stopwatch(device)
+        self.entered: Counter[tuple[int, ...]] = Counter()
+        self.last: Call | None = None
+        self.inside = False
         t, timeout = topology, timedelta(seconds=timeout_seconds)
         self.world = self._group([list(range(t.world_size))], timeout, sharding=True)
         self.node = self._group([t.node_ranks(node) for node in range(t.nodes)], timeout, sharding=True)
@@ -108,55 +134,64 @@ class Collectives:
         same_node = successor // topology.ranks_per_node == topology.node
         return Group(mine, "intra_node" if same_node else "inter_node", process_group)
 
-    def count(self, group: Group, purpose: str, sent: int) -> None:
-        """Add bytes that this rank sends to its successor in the group."""
+    @contextmanager
+    def call(self, group: Group, purpose: str, sent: int) -> Iterator[None]:
+        """Around a collective: counts the bytes this rank sends to its successor in the group, times it, notes it."""
         if sent:
             self.bytes_sent[group.scope, purpose] += sent
+        self.entered[group.ranks] += 1
+        self.last, self.inside = Call(purpose, group.ranks, self.entered[group.ranks]), True
+        with self.clock((group.scope, purpose)):
+            yield
+        self.inside = False
 
     def node_bytes(self) -> dict[tuple[Scope, str], int]:
         """Bytes that the ranks of this node have sent so far, by (scope, purpose). Collective in the node."""
         keys = [(scope, purpose) for scope in SCOPES for purpose in PURPOSES]
         counts = torch.tensor([self.bytes_sent[key] for key in keys])
         if self.node.size > 1:
-            dist.all_reduce(counts, group=self.node.process_group)
+            with self.call(self.node, "metrics", 0):
+                dist.all_reduce(counts, group=self.node.process_group)
         return dict(zip(keys, counts.tolist(), strict=True))
 
     def all_reduce(self, tensor: Tensor, group: Group, purpose: str, *, maximum: bool = False) -> Tensor:
         """Sum (or maximum) over the group, in place."""
         if group.size > 1:
-            self.count(group, purpose, all_reduce_bytes(group.size, tensor.nbytes))
             operation = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
-            dist.all_reduce(tensor, operation, group=group.process_group)
+            with self.call(group, purpose, all_reduce_bytes(group.size, tensor.nbytes)):
+                dist.all_reduce(tensor, operation, group=group.process_group)
         return tensor
 
     def all_gather(self, tensor: Tensor, group: Group, purpose: str) -> Tensor:
         """`tensor` [...] of every rank, as [ranks, ...] in the order of the group."""
         if group.size == 1:
             return tensor.unsqueeze(0)
-        self.count(group, purpose, all_gather_bytes(group.size, tensor.nbytes))
         gathered = tensor.new_empty((group.size * tensor.numel(),))
-        _all_gather(gathered, tensor.contiguous().view(-1), group=group.process_group)
+        with self.call(group, purpose, all_gather_bytes(group.size, tensor.nbytes)):
+            _all_gather(gathered, tensor.contiguous().view(-1), group=group.process_group)
         return gathered.view(group.size, *tensor.shape)
 
     def reduce_scatter(self, tensor: Tensor, group: Group, purpose: str) -> Tensor:
         """The sum over the group of row `index in the group` of `tensor` [ranks, ...], as [...]."""
         if group.size == 1:
             return tensor[0]
-        self.count(group, purpose, reduce_scatter_bytes(group.size, tensor.nbytes))
         part = tensor.new_empty((tensor[0].numel(),))
-        _reduce_scatter(part, tensor.contiguous().view(-1), group=group.process_group)
+        with self.call(group, purpose, reduce_scatter_bytes(group.size, tensor.nbytes)):
+            _reduce_scatter(part, tensor.contiguous().view(-1), group=group.process_group)
         return part.view(tensor.shape[1:])
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world.size > 1:
-            dist.barrier(self.world.process_group)
+            with self.call(self.world, "control", 0):
+                dist.barrier(self.world.process_group)
 
     def broadcast_object(self, value: T) -> T:
         """Rank 0's `value` on every rank (small control data)."""
         box = [value]
         if self.world.size > 1:
-            dist.broadcast_object_list(box, src=0, group=self.world.process_group)
+            with self.call(self.world, "control", 0):
+                dist.broadcast_object_list(box, src=0, group=self.world.process_group)
         return box[0]
 
     def counted_all_gather(self, group: Group, purpose: str) -> AllGather:
@@ -174,7 +209,7 @@ class _CountedAllGather(AllGather):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
-        if self.group.size > 1:
-            sent = all_gather_bytes(self.group.size, input_tensor.nbytes)
-            self.collectives.count(self.group, self.purpose, sent)
-        return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        if self.group.size == 1:
+            return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        with self.collectives.call(self.group, self.purpose, all_gather_bytes(self.group.size, input_tensor.nbytes)):
+            return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)

@@ -42,7 +42,8 @@ class Batch:
     targets: [H * b, classes] float32 with mixup or CutMix (label smoothing included), otherwise the labels, and
         smoothing them is the loss's task.
     position: from where a later run continues after this batch.
-    bad: names of damaged samples and shards met since the batch before. damaged: how many samples that cost.
+    bad: names of damaged samples and shards met since the batch before. damaged: how many samples that cost; shards:
+        how many shards are damaged as a whole.
     """
 
     images: Tensor
@@ -51,6 +52,7 @@ class Batch:
     position: int
     bad: tuple[str, ...] = ()
     damaged: int = 0
+    shards: int = 0
 
     def pin_memory(self) -> Batch:
         images, targets, labels = (t.pin_memory() for t in (self.images, self.targets, self.labels))
@@ -167,13 +169,13 @@ class TrainStream:
         """
         tally = Tally(self.index, self.data.max_bad_ratio)
         names: list[str] = []
-        damaged, without = 0, 0
+        damaged, shards, without = 0, 0, 0
         for made in in_workers(partial(self._make, start), self.data.workers, self.data.prefetch):
             names += tally.add(len(self.heads) * len(self.slice), made.damage)
             damaged += len(made.damage)
             if made.batch is not None:
-                yield replace(made.batch, bad=tuple(names), damaged=damaged)
-                names, damaged, without = [], 0, 0
+                yield replace(made.batch, bad=tuple(names), damaged=damaged, shards=len(tally.shards) - shards)
+                names, damaged, shards, without = [], 0, len(tally.shards), 0
                 continue
             without += 1
             if without > self.batches_per_epoch + 1:

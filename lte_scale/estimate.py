@@ -138,7 +138,7 @@ def _activations(
         blocks,
         batch=_images_per_rank(config, topology),
         image_size=config.model.image_size,
-        bf16=config.train.precision == "bf16",
+        bf16=config.train.bf16,
         gathered=_weights(heads) if config.engine.name != "none" else (),
     )
     return {"kept": saved.total(checkpointed=False), "checkpointed": saved.total(checkpointed=True)}
@@ -149,7 +149,7 @@ def _full_rank(
 ) -> tuple[FullRank, int]:
     model = build(config.model, classes, seed=config.seed)
     modules = [model.get_submodule(name) for name in blocks]
-    bf16, checkpointed = config.train.precision == "bf16", config.train.checkpoint_activations
+    bf16, checkpointed = config.train.bf16, config.train.checkpoint_activations
     gathered, cast = (
         saved_activations(
             model,

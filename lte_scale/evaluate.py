@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -54,8 +55,8 @@ class Evaluator:
             self.index = open_index(config.data.val, allow_pipe=config.data.allow_pipe)
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Collective. The model is in evaluation mode meanwhile."""
+    def __call__(self, model: nn.Module, *, progress: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Collective. The model is in evaluation mode meanwhile. `progress` is called after every batch."""
         assert self.index is not None
         topology, config = self.collectives.topology, self.config
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
@@ -79,5 +80,6 @@ class Evaluator:
             with self.autocast:
                 logits = model(images)
             sums += score(logits, labels, valid)
+            progress()
         model.train()
         return results(self.collectives.all_reduce(sums, self.collectives.world, "evaluate"))

@@ -20,8 +20,9 @@ class FactorExchange:
     Heads travel as flat vectors [A | B | A | B ...]. Ranks that share a head send a part each.
     """
 
-    def __init__(self, heads: Heads, collectives: Collectives) -> None:
+    def __init__(self, heads: Heads, collectives: Collectives, purpose: str = "merge_factor") -> None:
         self.heads, self.collectives, self.topology = heads, collectives, collectives.topology
+        self.purpose = purpose
 
     @property
     def device(self) -> torch.device:
@@ -50,11 +51,11 @@ class FactorExchange:
     def between_nodes(self, packed: Tensor, size: int) -> Tensor:
         """[L, H, c] of every rank as [K, L, h, size]: over the slow link once, then inside the node."""
         collectives = self.collectives
-        return self._spread(collectives.all_gather(packed, collectives.peers, "merge_factor"), size)
+        return self._spread(collectives.all_gather(packed, collectives.peers, self.purpose), size)
 
     def _spread(self, packed_KLHC: Tensor, size: int) -> Tensor:
         nodes, stack, heads, part = packed_KLHC.shape
-        gathered = self.collectives.all_gather(packed_KLHC, self.collectives.node, "merge_factor")
+        gathered = self.collectives.all_gather(packed_KLHC, self.collectives.node, self.purpose)
         members = self.topology.ranks_per_head
         split = gathered.view(-1, members, nodes, stack, heads, part).permute(2, 3, 0, 4, 1, 5)
         return split.reshape(nodes, stack, -1, members * part)[..., :size]

@@ -22,6 +22,7 @@ from lte_scale.config import Config, load_config
 from lte_scale.contents import read_state
 from lte_scale.evaluate import Evaluator
 from lte_scale.model import attach, build
+from lte_scale.precision import with_precision
 from lte_scale.storage import read_metadata, read_tensors
 from lte_scale.topology import Topology
 
@@ -137,7 +138,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
     model.load_state_dict(state)
     device = _moved(model, arguments.device)
     alone = Collectives(Topology(nodes=1, ranks_per_node=1, heads_per_node=1))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=with_precision(config, device).train.bf16)
     evaluator = Evaluator(config, classes, alone, device, autocast)
     if evaluator.index is not None and evaluator.index.num_classes > classes:
         raise ValueError(f"{location}: has {evaluator.index.num_classes} classes, the model of {checkpoint} {classes}")

@@ -23,12 +23,12 @@ from lte_scale.config import check_topology, check_training, dump, load_config
 from lte_scale.config.deepspeed import settings
 from lte_scale.config.schema import Config
 from lte_scale.engines.deepspeed import check_installed
+from lte_scale.precision import with_precision
 from lte_scale.topology import Topology, from_environment
 from lte_scale.trainer import Trainer, TrainingError
 
 REFUSED, FAILED = 2, 3
 _REFUSAL = "lte/refusal"
-_TIMEOUT = timedelta(minutes=10)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,11 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def train(config: Config, topology: Topology, device: torch.device) -> int:
     """Train as this rank of the world. Collective."""
-    _init_process_group(topology, device)
+    # Longer than the watchdog's longest patience, which can say who is missing where a collective cannot.
+    timeout = timedelta(seconds=max(600.0, 5 * config.watchdog.seconds))
+    _init_process_group(topology, device, timeout)
     run_dir = Path(config.run_dir)
     try:
         logs.setup(topology.rank, run_dir, node=topology.node)
-        collectives = Collectives(topology, timeout_seconds=_TIMEOUT.total_seconds())
+        config = with_precision(config, device)
+        collectives = Collectives(topology, timeout_seconds=timeout.total_seconds(), device=device)
         with ExitStack() as stack:
             try:
                 trainer = stack.enter_context(Trainer(config, collectives, device))
@@ -126,17 +129,18 @@ def _device(config: Config, topology: Topology) -> torch.device:
     return device
 
 
-def _init_process_group(topology: Topology, device: torch.device) -> None:
+def _init_process_group(topology: Topology, device: torch.device, timeout: timedelta) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     else:  # a plain python process: a world of one
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=topology.world_size)
 
 
 def _announce(config: Config, topology: Topology, device: torch.device) -> None:
     logs.log.info(
-        "%s on %d nodes x %d ranks (%s): %d heads of rank %d, engine %s, base in scope %s, gathered per %s",
-        config.model.name, topology.nodes, topology.ranks_per_node, device.type, topology.heads,
+        "%s on %d nodes x %d ranks (%s, %s): %d heads of rank %d, engine %s, base in scope %s, gathered per %s",
+        config.model.name, topology.nodes, topology.ranks_per_node, device.type, config.train.precision,
+        topology.heads,
         config.adapters.rank, config.engine.name, config.base.scope, config.base.gather,
     )  # fmt: skip

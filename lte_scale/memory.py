@@ -44,7 +44,7 @@ def memory(a: Arrangement, *, activations: int) -> Memory:
     held = {name: a.ownership(name, 0) for name in layers}
     own = sum(length(ownership.own) for ownership in held.values())
     compute = sum(length(ownership.compute) for ownership in held.values())
-    beside = config.engine.name == "deepspeed" and config.train.precision == "bf16"
+    beside = config.engine.name == "deepspeed" and config.train.bf16
     weights = {
         "master": FP32 * own,
         "momentum": FP32 * own if config.merge.outer == "nesterov" else 0,

@@ -27,6 +27,7 @@ from lte_scale.exchange import FactorExchange, product
 from lte_scale.model import Heads
 from lte_scale.outer import Outer
 from lte_scale.replicas import ReplicaMerger
+from lte_scale.timing import Stopwatch
 
 Shards = Mapping[str, Tensor]
 
@@ -39,6 +40,7 @@ class Merger:
         paths: the path of every weight.
         outer: master (own parts), momentum and moving average.
         replicas: the same for replica parameters.
+        clock: time in merges, by scope (local or global) and path (factor, dense, replica), a merge being a lap.
     """
 
     def __init__(self, heads: Heads, engine: Engine, collectives: Collectives, arrangement: Arrangement) -> None:
@@ -46,6 +48,7 @@ class Merger:
         self.topology, self.config = arrangement.topology, arrangement.config.merge
         ema_decay = arrangement.config.train.ema_decay
         self.exchange = FactorExchange(heads, collectives)
+        self.clock: Stopwatch[tuple[str, str]] = Stopwatch(self.exchange.device)
         self.ownership = {
             name: arrangement.ownership(name, self.topology.rank, engine.slice_of) for name in heads.linears
         }
@@ -89,13 +92,17 @@ class Merger:
     def merge(self, step: int, *, decay: float = 0.0) -> None:
         """Merge after `step`, in all ranks. `decay`: the fraction the master loses (decoupled weight decay)."""
         everywhere = self.is_global(step)
+        scope = "global" if everywhere else "local"
         with self.editable() as shards:
             for bucket in self.buckets:
-                if everywhere:
-                    self._merge_globally(bucket, shards, decay)
-                else:
-                    self._merge_locally(bucket, shards)
-        self.replicas.merge(everywhere)
+                with self.clock((scope, bucket.path)):
+                    if everywhere:
+                        self._merge_globally(bucket, shards, decay)
+                    else:
+                        self._merge_locally(bucket, shards)
+        with self.clock((scope, "replica")):
+            self.replicas.merge(everywhere)
+        self.clock.lap()
         for layer in self.heads.linears.values():
             if layer.A_prev is None or layer.B_prev is None:
                 layer.B.zero_()

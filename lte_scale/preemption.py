@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import torch
@@ -35,6 +36,7 @@ class Preemption:
         received: number of the signal this process got, or 0.
         reason: why this process wants the run to end, if not for a signal.
         noticed: whether this group knows of a stop.
+        meanwhile: called now and then while this group waits for others to agree.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Preemption:
         self.received = 0
         self.reason: str | None = None
         self.noticed = False
+        self.meanwhile: Callable[[], None] = lambda: None
         self.last_step: int | None = None
         topology = collectives.topology
         self.groups = topology.world_size // lockstep.size
@@ -126,6 +129,7 @@ class Preemption:
                     reached[group] = waits_at
                 elif (announced := self._read(f"lte/reached/{group}")) is not None:
                     reached[group] = announced
+            self.meanwhile()
             time.sleep(0.02)
         return max(reached.values())
 

@@ -46,3 +46,17 @@ def due(step: int, every: int, last: int | None = None) -> bool:
 def passed(step: int, every: int, previous: int) -> bool:
     """Whether a multiple of `every` lies in (previous, step]: for what waits for a merge to be possible."""
     return every > 0 and step // every > previous // every
+
+
+def parse_range(text: str) -> range:
+    """Steps `100..110` (both included); empty text is none.
+
+    Raises:
+        ValueError: if the text is no such range.
+    """
+    if not text:
+        return range(0)
+    found = re.fullmatch(r"(\d{1,12})\.\.(\d{1,12})", text.strip())
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError(f"{text[:40]!r} is no range of steps; write it as `100..110`")
+    return range(int(found[1]), int(found[2]) + 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lte_scale.config.schema import Config
 from lte_scale.schedules import lr_at, to_steps
@@ -13,8 +13,9 @@ from lte_scale.schedules import lr_at, to_steps
 class TrainState:
     """All resumable truth besides tensors and the data position. Counters are cumulative over resumes.
 
-    `skipped_here` and `bad_here` count on this rank (on rank 0, from the totals of the run that is resumed);
-    `skipped_steps` and `bad_samples` over all ranks, as of the last global merge.
+    `phase_seconds` is the mean over node 0's ranks, `sent_bytes` the bytes that a node has sent by `scope/purpose`;
+    `skipped_steps`, `bad_samples` and `bad_shards` count over all ranks, as of the last global merge, and those `_here`
+    on this rank (on rank 0, from the totals of the run that is resumed).
     """
 
     classes: int = 0
@@ -23,12 +24,27 @@ class TrainState:
     best_top1: float = 0.0
     data_wait_seconds: float = 0.0
     merge_seconds: float = 0.0
-    inter_node_bytes: int = 0
-    intra_node_bytes: int = 0
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    sent_bytes: dict[str, int] = field(default_factory=dict)
+    measured_step: int = 0
+    restarts: int = 0
     skipped_steps: int = 0
     bad_samples: int = 0
+    bad_shards: int = 0
     skipped_here: int = 0
     bad_here: int = 0
+    bad_shards_here: int = 0
+
+    def resumed(self, *, first: bool) -> None:
+        """After loading: the counts so far go on with the first rank."""
+        self.restarts += 1
+        self.skipped_here = self.skipped_steps if first else 0
+        self.bad_here = self.bad_samples if first else 0
+        self.bad_shards_here = self.bad_shards if first else 0
+
+    def sent(self, scope: str) -> int:
+        """Bytes that a node has sent in `scope`."""
+        return sum(count for key, count in self.sent_bytes.items() if key.startswith(f"{scope}/"))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -23,9 +25,11 @@ from lte_scale.evaluate import Evaluator
 from lte_scale.initial import seed_of
 from lte_scale.log import log
 from lte_scale.preemption import Preemption
+from lte_scale.profiling import Profiler
 from lte_scale.recorder import Recorder
 from lte_scale.schedules import due, passed
 from lte_scale.state import Schedule, TrainState
+from lte_scale.watchdog import Watchdog
 
 
 class TrainingError(RuntimeError):
@@ -57,23 +61,22 @@ class Trainer:
         )
         lte = assemble(config, classes, collectives, device)
         self.engine, self.heads, self.merger, self.optimizer = lte.engine, lte.heads, lte.merger, lte.optimizer
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
+        self.autocast = lte.autocast
         self.evaluator = Evaluator(config, classes, collectives, device, self.autocast)
-        self.checkpoints = Checkpoints(Path(config.run_dir), config.checkpoint, collectives)
+        run_dir = Path(config.run_dir)
+        self.checkpoints = Checkpoints(run_dir, config.checkpoint, collectives)
         self.recorder = Recorder(
-            config.metrics,
-            Path(config.run_dir),
-            collectives,
-            self.schedule,
-            heads=len(self.heads.ids),
-            device=device,
-            flops_per_image=lte.flops_per_image,
+            config, collectives, self.schedule, self.merger, device=device, flops_per_image=lte.flops_per_image
         )
+        self.clock, self.checkpoints.ended = self.recorder.clock, self.recorder.checkpointed
+        self.profiler = Profiler(config.profile.steps, run_dir, collectives)
         self.preemption = Preemption(
             collectives,
             collectives.world if config.base.crosses_nodes else collectives.node,
             tied_steps=self.engine.tied_steps,
         )
+        self.watchdog = Watchdog(collectives, run_dir, config.watchdog.seconds)
+        self.preemption.meanwhile = lambda: self.watchdog.beat(self.state.step, "agreeing on the last step")
         self.state, self.position = TrainState(classes=classes), 0
 
     def __enter__(self) -> Trainer:
@@ -82,7 +85,9 @@ class Trainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.watchdog.close()
         self.checkpoints.close()
+        self.profiler.close()
         self.recorder.close()
         self.preemption.close()
 
@@ -90,6 +95,7 @@ class Trainer:
         """Train to the end, or until a signal. Returns the exit code: 0, or 128 + the signal."""
         state, schedule, merger = self.state, self.schedule, self.merger
         batches = self.stream.iterate(self.position)
+        self.profiler.stepped(state.step)
         while state.step < schedule.total:
             state.step += 1
             self.train_step(batches)
@@ -108,10 +114,18 @@ class Trainer:
             if saved:
                 self.save(top1=results["eval_top1"] if results else None, wait=last)
             self.checkpoints.poll()
+            self.stepped()
             # Last: groups that decide must not keep others waiting in a record or a save.
             if self.preemption.should_stop(state.step):
                 return self.stop(everywhere, recorded=recorded, saved=saved)
+        self.recorder.summarise(state)
         return 0
+
+    def stepped(self) -> None:
+        """Let those know that watch over the steps."""
+        self.watchdog.beat(self.state.step)
+        self.recorder.stepped(self.state.step)
+        self.profiler.stepped(self.state.step)
 
     def stop(self, everywhere: bool, *, recorded: bool, saved: bool) -> int:
         """End after this step on all ranks, with a record and a checkpoint. Returns the exit code."""
@@ -119,7 +133,9 @@ class Trainer:
             self.record(everywhere, None)
         if not saved:
             self.save(top1=None, wait=True)
-        self.checkpoints.finish()
+        with self.saving():
+            self.checkpoints.finish()
+        self.recorder.summarise(self.state)
         if self.preemption.reason:
             raise TrainingError(f"{self.preemption.reason}; saved at step {self.state.step}")
         log.info("stopped after step %d; the same command resumes", self.state.step)
@@ -130,26 +146,28 @@ class Trainer:
         config, heads = self.config, len(self.heads.ids)
         # Stochastic depth is a function of seed, step and rank, so that a resumed run repeats it without saved state.
         torch.manual_seed(seed_of("step", config.seed, self.state.step, self.topology.rank))
-        losses = torch.zeros(heads, device=self.device)
-        correct = torch.zeros((), device=self.device)
+        losses, correct = torch.zeros(2, heads, device=self.device)
         images = 0
         for _ in range(config.train.accumulate):
             batch = self.next_batch(batches)
-            x, targets, labels = (
-                t.to(self.device, non_blocking=True) for t in (batch.images, batch.targets, batch.labels)
-            )
-            with self.autocast:
-                logits = self.engine.model(x).float()
-            smoothing = config.augment.label_smoothing if targets.ndim == 1 else 0.0
-            each = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-            micro = each.view(heads, -1).mean(1) / config.train.accumulate
-            micro.sum().backward()
+            with self.clock("forward"):
+                x, targets, labels = (
+                    t.to(self.device, non_blocking=True) for t in (batch.images, batch.targets, batch.labels)
+                )
+                with self.autocast:
+                    logits = self.engine.model(x).float()
+                smoothing = config.augment.label_smoothing if targets.ndim == 1 else 0.0
+                each = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+                micro = each.view(heads, -1).mean(1) / config.train.accumulate
+            with self.clock("backward"):
+                micro.sum().backward()
             losses += micro.detach()
-            correct += (logits.detach().argmax(1) == labels).sum()
+            correct += (logits.detach().argmax(1) == labels).view(heads, -1).sum(1)
             images += len(labels)
         if self.state.step == 1:
             self.check_all_trained()
-        norms, skipped = self.optimizer.step(losses, lambda peak: self.schedule.lr(peak, self.state.step))
+        with self.clock("optimizer"):
+            norms, skipped = self.optimizer.step(losses, lambda peak: self.schedule.lr(peak, self.state.step))
         self.recorder.interval.add(losses, correct, norms, images)
         if any(skipped):
             self.after_skips(skipped)
@@ -157,10 +175,13 @@ class Trainer:
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
         """The next batch, with the time waited for it and the damage met on the way taken down."""
         began = time.perf_counter()
-        batch = next(batches)
+        with self.clock("data_wait"):
+            batch = next(batches)
         self.state.data_wait_seconds += time.perf_counter() - began
         self.position = batch.position
         self.state.bad_here += batch.damaged
+        self.state.bad_shards_here += batch.shards
+        self.recorder.damaged(batch.damaged, batch.shards)
         for name in batch.bad:
             log.warning("skipped damaged %s", name)
         return batch
@@ -179,6 +200,7 @@ class Trainer:
         for head, bad, row in zip(self.heads.ids, skipped, self.optimizer.skipped_in_a_row, strict=True):
             if bad:
                 self.state.skipped_here += 1
+                self.recorder.skipped(head)
                 log.warning("step %d: head %d skipped, its loss or gradient is not finite", self.state.step, head)
             if row >= self.config.train.max_skipped:
                 self.preemption.fail(
@@ -192,11 +214,13 @@ class Trainer:
         began = time.perf_counter()
         if everywhere:
             self.preemption.meeting(step)
-        self.merger.merge(step, decay=self.schedule.master_decay(step) if everywhere else 0.0)
-        self.optimizer.restart(self.config.merge.optimizer_state)
-        seconds = time.perf_counter() - began
-        self.state.merge_seconds += seconds
-        self.recorder.merged(everywhere, seconds)
+            if passed(step, self.config.metrics.heads_every, self.state.measured_step):
+                self.state.measured_step = step
+                self.recorder.measure()
+        with self.clock("merge"):
+            self.merger.merge(step, decay=self.schedule.master_decay(step) if everywhere else 0.0)
+            self.optimizer.restart(self.config.merge.optimizer_state)
+        self.state.merge_seconds += time.perf_counter() - began
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy of the merged weights, and of their moving average where there is one."""
@@ -204,12 +228,22 @@ class Trainer:
         if self.evaluator.index is None:
             return results
         # It forks data workers, and one forked while a thread of a save holds a lock waits for that lock for ever.
-        self.checkpoints.finish(lambda: self.preemption.waiting(self.state.step))
-        with self.merger.merged(average=self.config.train.ema_decay > 0):
-            results = self.evaluator(self.engine.model)
+        with self.saving():
+            self.checkpoints.finish(lambda: self.preemption.waiting(self.state.step))
+        with self.clock("evaluate"), self.merger.merged(average=self.config.train.ema_decay > 0):
+            progress = partial(self.watchdog.beat, self.state.step, "evaluating")
+            progress()
+            results = self.evaluator(self.engine.model, progress=progress)
         self.state.evaluated_step = self.state.step
         self.state.best_top1 = max(self.state.best_top1, results["eval_top1"])
         return results
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around what may wait for a save, which may take longer than a step."""
+        self.watchdog.beat(self.state.step, "saving", patience=4)
+        with self.clock("checkpoint"):
+            yield
 
     def pieces(self) -> Pieces:
         """What a checkpoint holds besides `state`."""
@@ -223,18 +257,20 @@ class Trainer:
     def record(self, everywhere: bool, evaluation: dict[str, float] | None) -> None:
         """Write metrics of the steps since the last record: of the node, or after a global merge of all."""
         lr = self.schedule.lr(self.config.optimizer.lr, self.state.step)
-        self.recorder.record(self.state, lr, everywhere=everywhere, evaluation=evaluation)
+        with self.clock("record"):
+            self.recorder.record(self.state, lr, everywhere=everywhere, evaluation=evaluation)
 
     def save(self, *, top1: float | None, wait: bool) -> None:
         """Save after this step, when the save before is through."""
-        self.checkpoints.save(
-            self.pieces(),
-            asdict(self.state),
-            dump(self.config),
-            top1=top1,
-            wait=wait,
-            meanwhile=lambda: self.preemption.waiting(self.state.step),
-        )
+        with self.saving():
+            self.checkpoints.save(
+                self.pieces(),
+                asdict(self.state),
+                dump(self.config),
+                top1=top1,
+                wait=wait,
+                meanwhile=lambda: self.preemption.waiting(self.state.step),
+            )
 
     def resume(self) -> None:
         """Load the checkpoint that `resume` names, if there is one."""
@@ -243,9 +279,7 @@ class Trainer:
             pieces = self.pieces()
             self.state = TrainState(**self.checkpoints.load(found, pieces))
             self.position = pieces.positions[self.heads.ids[0]]
-            first = self.topology.rank == 0
-            self.state.skipped_here = self.state.skipped_steps if first else 0
-            self.state.bad_here = self.state.bad_samples if first else 0
+            self.state.resumed(first=self.topology.rank == 0)
             log.info("resumed from %s at step %d of %d", found, self.state.step, self.schedule.total)
             for change in differences(load_config(found / "config.yaml"), self.config):
                 log.info("changed since that checkpoint: %s", change)

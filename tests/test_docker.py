@@ -1,23 +1,22 @@
-"""The containers without a container engine: Dockerfiles, what they copy, the compose file, its dashboard's metrics."""
+"""The containers without a container engine: Dockerfiles, what they copy, the compose file."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import urllib.request
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
-from lte_scale.metrics import Endpoint, Record
+from lte_scale.config.schema import MetricsConfig
+from lte_scale.metrics.endpoint import Endpoint, make_directory
+from lte_scale.metrics.instruments import Instruments
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"
@@ -43,15 +42,10 @@ def ignore() -> Any:
 
 @pytest.fixture
 def endpoint(tmp_path: Path) -> Any:
-    """An endpoint that shows everything it can."""
-    record = Record(
-        step=20, epoch=0.1, images=640, loss=2.1, top1=0.3, lr=1e-3, grad_norm=0.8, images_per_second=900.0,
-        step_seconds=0.03, data_wait_seconds=0.5, merge_seconds=0.1, inter_node_bytes=10, intra_node_bytes=20, mfu=0.4,
-        heads=4, skipped_steps=0, bad_samples=0, eval_top1=0.5, eval_top5=0.9, eval_loss=1.5,
-    )  # fmt: skip
-    endpoint = Endpoint("127.0.0.1", 0, node=0, run_dir=tmp_path)
-    endpoint.merged("local", 0.1)
-    endpoint.update(record, {("inter_node", "merge"): 10})
+    directory = make_directory()
+    assert directory is not None
+    endpoint = Endpoint(MetricsConfig(), directory, node=0, run_dir=tmp_path)
+    Instruments(directory, node=0, local_rank=0).set("lte_build_info", 1, "1", "2", "3", "cpu")
     yield endpoint
     endpoint.close()
 
@@ -193,59 +187,3 @@ def test_compose() -> None:
             assert (DOCKER / source).exists() if source.startswith(".") else source in compose()["volumes"]
     build = services["trainer"]["build"]
     assert (DOCKER / build["context"] / build["dockerfile"]).samefile(DOCKER / "Dockerfile.cpu")
-
-
-def test_prometheus_scrapes_the_trainer() -> None:
-    path = DOCKER / "prometheus" / "prometheus.yml"
-    (job,) = yaml.safe_load(path.read_text())["scrape_configs"]
-    published = [port.split(":")[2] for port in compose()["services"]["trainer"]["ports"]]
-    assert job["static_configs"] == [{"targets": [f"trainer:{port}" for port in published]}]
-    if promtool := shutil.which("promtool"):
-        done = subprocess.run([promtool, "check", "config", path], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-
-
-def test_grafana_is_provisioned() -> None:
-    provisioning = DOCKER / "grafana" / "provisioning"
-    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())["datasources"]
-    (provider,) = yaml.safe_load((provisioning / "dashboards" / "lte.yaml").read_text())["providers"]
-    grafana = compose()["services"]["grafana"]
-    assert source["url"] == "http://prometheus:9090"
-    assert f"./grafana/dashboards:{provider['options']['path']}:ro" in grafana["volumes"]
-    board = json.loads((DOCKER / "grafana" / "dashboards" / "lte.json").read_text())
-    assert {panel["datasource"]["uid"] for panel in board["panels"]} == {source["uid"]}
-    assert (
-        f"{provider['options']['path']}/lte.json" == grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
-    )
-
-
-def test_dashboard_asks_for_metrics_that_exist(endpoint: Any) -> None:
-    text = urllib.request.urlopen(f"http://{endpoint.host_port}/metrics", timeout=5).read().decode()
-    exported: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            exported.setdefault(sample.name, set()).update(sample.labels)
-    board = json.loads((DOCKER / "grafana" / "dashboards" / "lte.json").read_text())
-    asked: set[str] = set()
-    for expression, legend in ((t["expr"], t["legendFormat"]) for panel in board["panels"] for t in panel["targets"]):
-        names = set(re.findall(r"\blte_\w+", expression))
-        assert names and names <= set(exported), expression
-        labels = {label.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(",")}
-        labels |= set(re.findall(r"{{(\w+)}}", legend))
-        assert all(labels <= exported[name] for name in names), expression
-        asked |= names
-    assert {"lte_loss", "lte_images_per_second", "lte_step_seconds_sum", "lte_merge_seconds_total", "lte_mfu_ratio",
-            "lte_network_bytes_total"} <= asked  # fmt: skip
-
-
-def test_dashboard_asks_in_promql(tmp_path: Path) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is not installed")
-    board = json.loads((DOCKER / "grafana" / "dashboards" / "lte.json").read_text())
-    expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-    rules = [{"record": f"panel:{number}", "expr": expression} for number, expression in enumerate(expressions)]
-    path = tmp_path / "rules.yml"
-    path.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
-    done = subprocess.run([promtool, "check", "rules", path], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -13,15 +13,16 @@ PACKAGE = Path(__file__).parent.parent / "lte_scale"
 
 LAYERS: dict[int, set[str]] = {
     0: {"config", "schedules", "log"},
-    1: {"topology", "collectives", "apex"},
+    1: {"topology", "timing", "precision", "collectives", "apex"},
     2: {"adapters", "initial", "model", "cost"},
     3: {"archive", "augment", "damage", "data", "index", "loader", "order", "reading", "shards", "sources"},
     4: {"engines", "adam", "optim", "storage"},
-    5: {"merge", "evaluate", "checkpoint", "metrics", "report", "preemption"},
+    5: {"merge", "evaluate", "checkpoint", "metrics", "report", "preemption", "health", "watchdog", "profiling"},
     6: {
         "assemble",
         "trainer",
         "recorder",
+        "top",
         "state",
         "launch",
         "plan",
@@ -38,7 +39,7 @@ PARTS = {
     "merge": {"contents"},  # of a checkpoint: the masters
     "contents": {"checkpoint"},
     "arrangement": {"merge", "traffic", "memory", "baselines"},
-    "exchange": {"merge"},
+    "exchange": {"merge", "health"},
     "outer": {"merge", "replicas"},
     "replicas": {"merge"},
     "traffic": {"memory", "baselines"},

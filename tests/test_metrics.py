@@ -1,58 +1,27 @@
-"""metrics.jsonl, the progress line, the Prometheus endpoint, peaks, and the events of the log."""
+"""metrics.jsonl, the progress line, the table at the end, peaks, and the events of the log."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
-import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from lte_scale import log as logs
 from lte_scale.log import log, setup
-from lte_scale.metrics import Endpoint, JsonlWriter, Record, format_progress, peak_tflops
-
-RECORD = Record(
-    step=1200, epoch=3.21, images=153_600, loss=1.2344, top1=0.567, lr=1e-3, grad_norm=0.8, images_per_second=12_345.4,
-    step_seconds=0.03, data_wait_seconds=1.5, merge_seconds=0.123, inter_node_bytes=4_700_000,
-    intra_node_bytes=90_000_000, mfu=None, heads=8, skipped_steps=0, bad_samples=2,
-)  # fmt: skip
-Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+from lte_scale.metrics.accelerators import peak_tflops
+from lte_scale.metrics.record import JsonlWriter, format_progress, format_summary
+from tests.records import RECORD
 
 
 def lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def scrape(endpoint: Endpoint) -> Samples:
-    with urllib.request.urlopen(f"http://{endpoint.host_port}/metrics", timeout=5) as answer:
-        text = answer.read().decode()
-    return {
-        (s.name, tuple(sorted(s.labels.items()))): s.value
-        for family in text_string_to_metric_families(text)
-        for s in family.samples
-    }
-
-
-def value(samples: Samples, name: str, **labels: str) -> float:
-    return samples[name, tuple(sorted({"node": "1", **labels}.items()))]
-
-
-@pytest.fixture
-def endpoint(tmp_path: Path) -> Iterator[Endpoint]:
-    endpoint = Endpoint("127.0.0.1", 0, node=1, run_dir=tmp_path)
-    yield endpoint
-    endpoint.close()
 
 
 @pytest.fixture
@@ -70,14 +39,16 @@ def clean_log() -> Iterator[None]:
 
 def test_a_record_is_one_line_of_plain_json(tmp_path: Path) -> None:
     writer = JsonlWriter(tmp_path / "metrics.jsonl")
-    writer.write(replace(RECORD, loss=math.nan, grad_norm=math.inf))
+    writer.write(replace(RECORD, loss=math.nan, grad_norm=math.inf, head_loss=[1.0, math.nan]))
     writer.write(replace(RECORD, step=1210, eval_top1=0.9, eval_top5=0.99, eval_loss=0.4))
     plain, evaluated = lines(tmp_path / "metrics.jsonl")
     assert plain["loss"] is None and plain["grad_norm"] is None and plain["mfu"] is None
+    assert plain["head_loss"] == [1.0, None] and plain["phase_seconds"] == RECORD.phase_seconds
     assert not any(key.startswith("eval_") for key in plain)
     assert {"step", "epoch", "images", "top1", "lr", "images_per_second", "step_seconds", "data_wait_seconds"} < set(
         plain
     )
+    assert not any(key.startswith(("head_cosine", "head_delta", "delta_")) for key in plain)
     assert {"merge_seconds", "inter_node_bytes", "intra_node_bytes", "heads", "skipped_steps"} < set(plain)
     assert (evaluated["eval_top1"], evaluated["eval_top5"], evaluated["eval_loss"]) == (0.9, 0.99, 0.4)
 
@@ -115,119 +86,24 @@ def test_the_progress_line() -> None:
     assert format_progress(evaluated, 4000, 0).endswith("left 0:00:00  | eval top-1 95.3 %  top-5 99.7 %  loss 0.210")
 
 
+def test_the_table_at_the_end() -> None:
+    assert format_summary(RECORD, 0.6, 61) == [
+        "  steps    1,200, 153,600 images, 3.2 epochs",
+        "  speed    12,345 images/s at the end; 0:01:01 since the start",
+        "  learning loss 1.234, top-1 56.7 %; best held-out top-1 60.00 %",
+        "  time in  forward 60 %, backward 30 %, data_wait 10 %",
+        "  network  4.7 MB sent by a node, 31 B per image; full-rank DDP sends 200 times as much",
+        "  faults   1 restarts, 0 skipped steps, 2 damaged samples",
+    ]
+    alone = format_summary(replace(RECORD, inter_node_bytes=0, full_rank_bytes=0, phase_seconds={}), 0.0, 1)
+    assert "  network  one node" in alone and not any("time in" in line or "held-out" in line for line in alone)
+
+
 @pytest.mark.parametrize(
     ("count", "text"), [(999, "999 B"), (1000, "1.0 kB"), (999_960, "1.0 MB"), (2.5e9, "2.5 GB"), (7e15, "7000.0 TB")]
 )
 def test_bytes_in_the_progress_line(count: float, text: str) -> None:
     assert f"inter-node {text}  " in format_progress(replace(RECORD, inter_node_bytes=int(count)), 4000, 0)
-
-
-# endpoint
-
-
-def test_what_a_scrape_sees(endpoint: Endpoint) -> None:
-    empty = scrape(endpoint)
-    assert value(empty, "lte_images_total") == 0 and value(empty, "lte_merges_total", scope="global") == 0
-    assert not any(name in ("lte_loss", "lte_mfu_ratio") for name, _ in empty)
-
-    endpoint.merged("local", 0.25)
-    endpoint.merged("global", 0.5)
-    endpoint.merged("global", 0.25)
-    sent = {("inter_node", "merge"): 4_700_000, ("intra_node", "gather"): 90_000_000}
-    endpoint.update(replace(RECORD, step=10, images=1280, loss=math.nan), sent)
-    endpoint.update(
-        replace(RECORD, step=30, images=3840, mfu=0.41, eval_top1=0.9, eval_top5=0.99, skipped_steps=3),
-        {**sent, ("inter_node", "merge"): 9_400_000},
-    )
-    seen = scrape(endpoint)
-    assert value(seen, "lte_images_total") == 3840
-    assert value(seen, "lte_steps_total") == value(seen, "lte_step") == 30
-    assert value(seen, "lte_merges_total", scope="local") == 1
-    assert value(seen, "lte_merges_total", scope="global") == 2
-    assert value(seen, "lte_merge_seconds_total", scope="global") == 0.75
-    assert value(seen, "lte_network_bytes_total", scope="inter_node", purpose="merge") == 9_400_000
-    assert value(seen, "lte_network_bytes_total", scope="intra_node", purpose="gather") == 90_000_000
-    assert value(seen, "lte_step_seconds_count") == 30
-    assert value(seen, "lte_step_seconds_sum") == pytest.approx(0.9)
-    assert value(seen, "lte_step_seconds_bucket", le="0.025") == 0
-    assert value(seen, "lte_step_seconds_bucket", le="0.05") == 30
-    gauges = {
-        "lte_images_per_second": 12_345.4, "lte_loss": 1.2344, "lte_top1_ratio": 0.567, "lte_learning_rate": 1e-3,
-        "lte_gradient_norm": 0.8, "lte_mfu_ratio": 0.41, "lte_eval_top1_ratio": 0.9, "lte_eval_top5_ratio": 0.99,
-        "lte_data_wait_seconds_total": 1.5, "lte_skipped_steps_total": 3, "lte_bad_samples_total": 2,
-    }  # fmt: skip
-    assert {name: value(seen, name) for name in gauges} == gauges
-    (build,) = [dict(labels) for name, labels in seen if name == "lte_build_info"]
-    assert build["node"] == "1" and re.match(r"\d+\.\d+", build["torch"])
-    assert all(name.startswith("lte_") and dict(labels)["node"] == "1" for name, labels in seen)
-    assert not any(name.endswith("_created") for name, _ in seen)
-
-
-def test_counters_never_fall(endpoint: Endpoint) -> None:
-    before = scrape(endpoint)
-    for step, images, sent in ((10, 100, 7), (20, 200, 9), (20, 150, 8), (30, 210, 9)):
-        endpoint.update(replace(RECORD, step=step, images=images), {("inter_node", "merge"): sent})
-        after = scrape(endpoint)
-        counters = [key for key in before if key[0].endswith(("_total", "_count", "_bucket"))]
-        assert len(counters) > 5 and all(after[key] >= before[key] for key in counters)
-        before = after
-    assert value(before, "lte_images_total") == 210
-    assert value(before, "lte_network_bytes_total", scope="inter_node", purpose="merge") == 9
-
-
-def test_a_resumed_run_counts_from_zero(endpoint: Endpoint) -> None:
-    endpoint.resume(step=1000, images=128_000, data_wait_seconds=1.0)
-    endpoint.update(replace(RECORD, step=1010, images=129_280), {})
-    seen = scrape(endpoint)
-    assert value(seen, "lte_images_total") == 1280
-    assert value(seen, "lte_steps_total") == value(seen, "lte_step_seconds_count") == 10
-    assert value(seen, "lte_step") == 1010
-    assert value(seen, "lte_data_wait_seconds_total") == 0.5
-
-
-def test_a_port_in_use_moves_on_and_close_frees_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first = Endpoint("127.0.0.1", 0, node=0, run_dir=tmp_path)
-    with caplog.at_level(logging.INFO, logger="lte_scale"):
-        second = Endpoint("127.0.0.1", first.port, node=1, run_dir=tmp_path)
-    try:
-        assert first.port < second.port
-        assert f"metrics.port {first.port} is in use: node 1 serves http://{second.host_port}/metrics" in caplog.text
-        assert (tmp_path / "endpoints" / "node0").read_text() == f"127.0.0.1:{first.port}\n"
-        assert (tmp_path / "endpoints" / "node1").read_text() == f"127.0.0.1:{second.port}\n"
-        assert scrape(first) != scrape(second)
-    finally:
-        first.close()
-        second.close()
-    first.close()
-    assert list((tmp_path / "endpoints").iterdir()) == []
-    with pytest.raises(urllib.error.URLError):
-        scrape(first)
-    with socket.create_server(("127.0.0.1", second.port)):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("address", "port", "message"),
-    [
-        ("203.0.113.7", 9400, r"metrics\.address: cannot listen on 203\.0\.113\.7:9400 \(.+\); use 127\.0\.0\.1"),
-        ("no-such-host.invalid", 9400, r"metrics\.address: cannot listen on no-such-host\.invalid:9400"),
-    ],
-)
-def test_an_address_of_another_machine_is_refused(tmp_path: Path, address: str, port: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        Endpoint(address, port, node=0, run_dir=tmp_path)
-    assert "\n" not in str(caught.value) and not (tmp_path / "endpoints").exists()
-
-
-def test_no_free_port_is_one_message(tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        try:
-            taken.bind(("127.0.0.1", 65535))
-            taken.listen()
-        except OSError:
-            pass  # taken by someone else: as good
-        with pytest.raises(ValueError, match=r"metrics\.port: 65535 to 65535 are all in use on 127\.0\.0\.1"):
-            Endpoint("127.0.0.1", 65535, node=0, run_dir=tmp_path)
 
 
 # peaks

@@ -17,7 +17,7 @@ import yaml
 from matplotlib.image import imread
 
 from lte_scale import report
-from lte_scale.report import curves, page
+from lte_scale.report import curves, words
 
 
 def write_run(path: Path, config: Mapping[str, Any], records: list[dict[str, Any]]) -> Path:
@@ -147,8 +147,8 @@ def test_two_runs_compared(short: Path, long: Path, tmp_path: Path, capsys: pyte
 def test_the_page_loads_nothing_from_elsewhere(short: Path) -> None:
     assert make(short) == 0
     page = Page(short / "report.html")
-    assert len(page.loads) == 12 and all(load.startswith("data:image/svg+xml;base64,") for load in page.loads)
     text = (short / "report.html").read_text()
+    assert page.loads and all(load.startswith("#") and f'id="{load[1:]}"' in text for load in page.loads)
     assert not re.search(r"""(src|href|srcset)\s*=\s*["']?\s*(https?:)?//|@import|url\(|<script""", text)
     assert "default-src 'none'" in text
 
@@ -173,7 +173,7 @@ def test_a_run_that_has_just_begun_and_is_being_written(tmp_path: Path) -> None:
     page = Page(run / "report.html")
     assert page.row("Steps") == ["10"]
     assert not any(row[:1] == ["Best held-out top-1"] for row in page.rows)
-    assert "begun trained in 10 steps" in (run / "report.html").read_text()
+    assert "begun trained in 10 steps." in (run / "report.html").read_text()
 
 
 def test_runs_are_told_apart_and_named_once(short: Path, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_smoothing_keeps_a_constant_and_bridges_gaps() -> None:
      (0.25, "0.25 B"), (12_345e12, "12,345 TB")],
 )  # fmt: skip
 def test_sizes(value: float, text: str) -> None:
-    assert page.size(value) == text
+    assert words.size(value) == text
 
 
 def break_nothing(run: Path) -> None:

@@ -6,7 +6,7 @@ import difflib
 
 from lte_scale.config.deepspeed import settings
 from lte_scale.config.schema import Config, ConfigError
-from lte_scale.schedules import parse_duration
+from lte_scale.schedules import parse_duration, parse_range
 from lte_scale.topology import Topology
 
 _OWN_KEYS = {
@@ -115,7 +115,25 @@ def _model_and_data(config: Config) -> None:
         near = difflib.get_close_matches(config.resume, ["auto", "never"], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"resume: {config.resume!r}; allowed: auto, never, or a path such as runs/x{hint}")
-    address = config.metrics.address
+    _metrics(config)
+
+
+def _metrics(config: Config) -> None:
+    try:
+        parse_range(config.profile.steps)
+    except ValueError as error:
+        raise ConfigError(f"profile.steps: {error}") from error
+    if 0 < config.watchdog.seconds < 1:
+        raise ConfigError(f"watchdog.seconds: {config.watchdog.seconds:g} is shorter than a step; use 1 or more, or 0")
+    metrics = config.metrics
+    for key in ("key", "client_ca"):
+        if getattr(metrics, key) and not metrics.certificate:
+            raise ConfigError(f"metrics.{key}: {getattr(metrics, key)!r} has no meaning without metrics.certificate")
+    if "/" in metrics.job:
+        raise ConfigError(f"metrics.job: {metrics.job!r}; allowed: a name without slashes")
+    if metrics.pushgateway and not metrics.port:
+        raise ConfigError("metrics.pushgateway: pushes what the endpoint serves; set metrics.port as well")
+    address = metrics.address
     if not address or any(c.isspace() or c == "/" for c in address) or address.count(":") == 1:
         raise ConfigError(f"metrics.address: {address!r}; allowed: an address or host name without port, as 127.0.0.1")
 

@@ -86,7 +86,7 @@ def generated(config: Config, topology: Topology) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": images,
         "gradient_accumulation_steps": config.train.accumulate,
         "steps_per_print": _NEVER,
-        "bf16": {"enabled": config.train.precision == "bf16"},
+        "bf16": {"enabled": config.train.bf16},
         "zero_optimization": zero,
     }
 

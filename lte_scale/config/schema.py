@@ -176,9 +176,11 @@ class TrainConfig:
     batch_size: int = option(128, "Images per head and micro-step; ranks that share a head share it.", least=1)
     accumulate: int = option(1, "Micro-steps per optimizer step.", least=1)
     precision: str = option(
-        "bf16",
-        "bf16: autocast and bf16 compute copies over fp32 masters; fp32: everything in fp32.",
-        one_of=("bf16", "fp32"),
+        "auto",
+        "bf16: autocast and bf16 compute copies over fp32 masters; fp32: everything in fp32; auto: bf16 where the "
+        "device has instructions for it (`plan` takes it that it has), so a resumed run may take the other one on "
+        "another machine.",
+        one_of=("auto", "bf16", "fp32"),
     )
     norm: str = option(
         "torch",
@@ -195,6 +197,11 @@ class TrainConfig:
         10, "Stop after this many steps in a row skipped by one head for a non-finite loss or gradient.", least=1
     )
     device: str = option("auto", "auto takes CUDA where it is available.", one_of=("auto", "cpu", "cuda"))
+
+    @property
+    def bf16(self) -> bool:
+        """Whether products are in bf16, as far as it is known before there is a device."""
+        return self.precision != "fp32"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,8 +265,45 @@ class MetricsConfig:
         least=0,
         most=65535,
     )
-    address: str = option("127.0.0.1", "Address the endpoint listens on.")
+    address: str = option("127.0.0.1", "Address the endpoint listens on; 0.0.0.0 is every one of the machine.")
+    job: str = option("", "Name of the run in Prometheus; empty takes the last part of run_dir.")
+    discovery_dir: str = option(
+        "", "Where every node writes its target for Prometheus's file_sd; empty is `endpoints` in the run directory."
+    )
+    certificate: str = option("", "PEM file that the endpoint serves HTTPS with; empty is HTTP.")
+    key: str = option("", "Its private key, a PEM file; empty where the certificate's file holds it.")
+    client_ca: str = option("", "PEM file of the authority that must have signed the client's certificate.")
+    password_file: str = option("", "File with a line `user:password` that the endpoint asks for (basic auth).")
+    pushgateway: str = option("", "URL of a Pushgateway that every node pushes to besides; empty is none.")
+    push_seconds: float = option(15.0, "Seconds between pushes.", above=0)
+    tensorboard: bool = option(False, "Write records to `tensorboard` in the run directory as well.")
+    wandb: str = option("", "Project of Weights & Biases to write records for, offline; empty is none.")
+    heads_every: int = option(
+        100, "Steps between measurements of the heads' health, at a global merge; 0 is never.", least=0
+    )
     peak_tflops: float = option(0.0, "Peak of one accelerator in TFLOP/s, for MFU; 0 looks its name up.", least=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchdogConfig:
+    """What ends a run that hangs."""
+
+    seconds: float = option(
+        300.0,
+        "Silence after which every rank writes its stacks to `hangs` in the run directory, the log names the rank that "
+        "others wait for, and the run ends for its scheduler to restart it; 0 is off. The first step, "
+        "and a save that is waited for, have four times as long.",
+        least=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileConfig:
+    """torch.profiler."""
+
+    steps: str = option(
+        "", "Steps to trace, as `100..110`; every rank writes a trace for Perfetto to `profile` in the run directory."
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,3 +329,5 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)

@@ -112,8 +112,8 @@ class _Counted:
     def __call__(self, weights: Iterable[Any], **options: Any) -> Any:
         weights = list(weights)
         part = sum(weight.ds_tensor.nbytes for weight in weights)
-        self.collectives.count(self.group, "base", all_gather_bytes(self.group.size, part))
-        return self.gather(weights, **options)
+        with self.collectives.call(self.group, "base", all_gather_bytes(self.group.size, part)):
+            return self.gather(weights, **options)
 
 
 def lacking() -> str:

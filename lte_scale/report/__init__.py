@@ -6,8 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
-from lte_scale.report.curves import picture
 from lte_scale.report.page import document
+from lte_scale.report.picture import picture
 from lte_scale.report.runs import labels, load
 
 
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     paths = list(dict.fromkeys(path.resolve() for path in args.runs))
     runs = [load(path, label) for path, label in zip(paths, labels(paths), strict=True)]
     out: Path = args.out or args.runs[0]
-    files = {"report.png": picture(runs), "report.html": document(runs).encode()}
+    files = {"report.png": picture(runs), "report.html": document(runs).encode(errors="replace")}
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():

@@ -1,166 +1,226 @@
-"""The curves of a report: one plot per panel, drawn for a picture and for a page."""
+"""What the panels of a report show: series over optimizer steps, drawn by `svg` for the page, by `picture` as PNG."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from lte_scale.report.runs import Run
+from lte_scale.report.style import COLOURS
+from lte_scale.report.words import round_size
 
-# Okabe and Ito's colours, told apart with any colour vision; from the seventh run on, another dash.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-DASHES = ("-", "--", ":", "-.")
-THEMES = {
-    "light": {"ink": "#22272e", "soft": "#6b7480", "grid": "#e6e9ed", "paper": "#ffffff"},
-    "dark": {"ink": "#e3e7ec", "soft": "#96a0ac", "grid": "#2c333b", "paper": "#171b20"},
-}
-POINTS = 800
-NONE = "-"
+POINTS = 600
+HEADS_TOLD_APART = len(COLOURS)
 
 
-Style = Mapping[str, Any]
-Styled = Sequence[tuple[Run, Style]]
-FAINT = {"alpha": 0.25, "linewidth": 0.8}
-HELD_OUT = {"marker": "o", "markersize": 4.0, "markerfacecolor": "none", "linewidth": 0.8, "linestyle": (0, (4, 2))}
-THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
-DOTS = {"linewidth": 1.1, "linestyle": (0, (1, 1.4))}
+Look = Literal["line", "faint", "dotted", "marks", "band", "area"]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Values over steps. Of a `band` and an `area`, which is filled, `low` is the lower edge."""
+
+    steps: np.ndarray
+    values: np.ndarray
+    look: Look = "line"
+    low: np.ndarray | None = None
+    colour: str = ""
+    dash: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A plot. `zero` has the axis begin there; `restarts` are steps."""
+
+    title: str
+    subtitle: str
+    series: Sequence[Series]
+    last_step: float
+    show: Callable[[float], str]
+    zero: bool = False
+    restarts: Sequence[float] = ()
+
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest value to show, with a margin."""
+        low = min(float(np.min(s.values if s.low is None else s.low)) for s in self.series)
+        high = max(float(np.max(s.values)) for s in self.series)
+        if self.zero and low >= 0:
+            return 0.0, 1.05 * high or 1.0
+        margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
+        return low - margin, high + margin
+
+    def ticks(self) -> list[float]:
+        """Round numbers in that range."""
+        low, high = self.range()
+        ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        return [float(tick) for tick in ticks if low <= tick <= high]
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def step_ticks(last: float) -> list[float]:
+    """Round steps from 0 to `last`."""
+    return [float(t) for t in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=True).tick_values(0, last) if t <= last]
+
+
+def show_step(step: float) -> str:
+    return f"{step / 1e6:g}M" if step >= 1e6 else f"{step / 1e3:g}k" if step >= 1e5 else f"{step:,.0f}"
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
     """Centred running mean over a thirtieth of the values, leaving out NaN."""
-    window = np.ones(2 * (len(values) // 60) + 1)
+    half = len(values) // 60
     finite = np.isfinite(values)
-    total = np.convolve(np.where(finite, values, 0.0), window, "same")
-    count = np.convolve(finite, window, "same")
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    first = np.maximum(np.arange(len(values)) - half, 0)
+    end = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    number = np.concatenate([[0], np.cumsum(finite)])
+    within = number[end] - number[first]
+    return np.where(within > 0, (total[end] - total[first]) / np.maximum(within, 1), np.nan)
 
 
-def curve(axes: Axes, run: Run, values: np.ndarray, style: Style, changes: Style | None = None) -> None:
-    """Values over optimizer steps, thinned to what a panel can show."""
-    shown = np.flatnonzero(np.isfinite(values))
-    if len(shown) > POINTS:
-        shown = shown[np.linspace(0, len(shown) - 1, POINTS).astype(int)]
-    axes.plot(run.column("step")[shown], values[shown], **{**style, **(changes or {})})
+def thinned(values: np.ndarray) -> np.ndarray:
+    """Indices of all values; of many, of the lowest and the highest of each stretch."""
+    if len(values) <= POINTS:
+        return np.arange(len(values))
+    kept = {0, len(values) - 1}
+    for first, end in pairwise(np.linspace(0, len(values), POINTS // 2 + 1).astype(int)):
+        kept |= {first + int(values[first:end].argmin()), first + int(values[first:end].argmax())}
+    return np.array(sorted(kept))
 
 
-def draw_loss(axes: Axes, runs: Styled) -> None:
-    for run, style in runs:
-        curve(axes, run, run.column("loss"), style, FAINT)
-        curve(axes, run, smooth(run.column("loss")), style)
-        curve(axes, run, run.column("eval_loss"), style, HELD_OUT)
+def _series(run: Run, values: np.ndarray, look: Look = "line", *, smoothly: bool = False, colour: str = "") -> Series:
+    known = np.flatnonzero(np.isfinite(values))
+    drawn = smooth(values[known]) if smoothly else values[known]
+    shown = thinned(drawn)
+    return Series(run.steps[known][shown], drawn[shown], look, colour=colour)
 
 
-def draw_accuracy(axes: Axes, runs: Styled) -> None:
-    for run, style in runs:
-        curve(axes, run, 100 * smooth(run.column("top1")), style)
-        curve(axes, run, 100 * run.column("eval_top1"), style, HELD_OUT)
+Plot = Callable[[Run], Iterator[Series]]
 
 
-def draw_throughput(axes: Axes, runs: Styled) -> None:
-    for run, style in runs:
-        curve(axes, run, run.column("images_per_second"), style, FAINT)
-        curve(axes, run, smooth(run.column("images_per_second")), style)
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(THOUSANDS)
+def smoothed(key: str) -> Plot:
+    def plot(run: Run) -> Iterator[Series]:
+        yield _series(run, run.column(key), "faint")
+        yield _series(run, run.column(key), smoothly=True)
+
+    return plot
 
 
-def draw_bytes(axes: Axes, runs: Styled) -> None:
-    for run, style in runs:
-        curve(axes, run, run.column("inter_node_bytes"), style, {"drawstyle": "steps-post"})
-    axes.yaxis.set_major_formatter(EngFormatter(unit="B"))
+def plain(key: str) -> Plot:
+    def plot(run: Run) -> Iterator[Series]:
+        yield _series(run, run.column(key))
+
+    return plot
 
 
-def draw_merge_seconds(axes: Axes, runs: Styled) -> None:
-    for run, style in runs:
-        curve(axes, run, run.column("merge_seconds"), style, {"drawstyle": "steps-post"})
+def loss(run: Run) -> Iterator[Series]:
+    yield from smoothed("loss")(run)
+    yield _series(run, run.column("eval_loss"), "marks")
 
 
-def draw_rate_and_norm(axes: Axes, runs: Styled) -> None:
-    right = axes.twinx()
-    for run, style in runs:
-        curve(axes, run, run.column("lr"), style)
-        curve(right, run, smooth(run.column("grad_norm")), style, DOTS)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.3g}"))
-    right.set_ylim(bottom=0)
-    right.tick_params(length=0)
-    right.spines[:].set_visible(False)
-    right.grid(visible=False)
+def accuracy(run: Run) -> Iterator[Series]:
+    yield _series(run, 100 * run.column("top1"), smoothly=True)
+    yield _series(run, 100 * run.column("eval_top1"), "marks")
 
 
-PANELS: tuple[tuple[str, str, Callable[[Axes, Styled], None]], ...] = (
-    ("Loss", "training (line), held-out (circles)", draw_loss),
-    ("Top-1 accuracy, %", "training (line), held-out (circles)", draw_accuracy),
-    ("Throughput, images per second", "of the whole run", draw_throughput),
-    ("Bytes between nodes", "sent by one node, cumulative", draw_bytes),
-    ("Time in merges, seconds", "cumulative", draw_merge_seconds),
-    ("Learning rate and gradient norm", "rate (left, line), norm (right, dots)", draw_rate_and_norm),
+def cosine(run: Run) -> Iterator[Series]:
+    yield _series(run, run.column("head_cosine_mean"))
+    yield _series(run, run.column("head_cosine_max"), "dotted")
+
+
+def rank_share(run: Run) -> Iterator[Series]:
+    yield _series(run, 100 * run.column("delta_rank_ratio"))
+
+
+def heads(key: str) -> Plot:
+    """The band from the lowest to the highest head, and their mean."""
+
+    def plot(run: Run) -> Iterator[Series]:
+        columns = np.array(list(run.parts(key).values()))
+        known = np.flatnonzero(np.isfinite(columns).all(axis=0)) if len(columns) else np.array([], int)
+        if not len(known):
+            return
+        low, mean, high = (smooth(reduce(columns[:, known], axis=0)) for reduce in (np.min, np.mean, np.max))
+        shown = np.linspace(0, len(known) - 1, min(len(known), POINTS // 2)).astype(int)
+        steps = run.steps[known][shown]
+        yield Series(steps, high[shown], "band", low[shown])
+        yield Series(steps, mean[shown])
+
+    return plot
+
+
+def each_head(run: Run, key: str) -> Iterator[Series]:
+    """A line for every head, in a colour of its own."""
+    for column, colour in zip(run.parts(key).values(), COLOURS, strict=False):
+        yield _series(run, column, smoothly=True, colour=colour)
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """A panel before its runs are known. `heads` names the column that has a line per head where one run is shown."""
+
+    title: str
+    subtitle: str
+    plot: Plot
+    show: Callable[[float], str] = number
+    zero: bool = False
+    heads: str = ""
+
+
+CURVES = (
+    Sketch("Loss", "training (line), held-out (circles)", loss),
+    Sketch("Top-1 accuracy, %", "training (line), held-out (circles)", accuracy),
+    Sketch("Throughput, images per second", "of the whole run", smoothed("images_per_second"), zero=True),
+    Sketch("Bytes between nodes", "sent by one node, cumulative", plain("inter_node_bytes"), round_size, zero=True),
+    Sketch("Learning rate", "of the factors", plain("lr"), zero=True),
+    Sketch("Gradient norm", "before clipping, mean over heads", smoothed("grad_norm"), zero=True),
 )
+MEMORY = Sketch("Memory peak", "of the fullest rank of node 0", plain("memory_peak_bytes"), round_size, zero=True)
+HEADS = (
+    Sketch("Loss of the heads", "", heads("head_loss"), heads="head_loss"),
+    Sketch("Gradient norm of the heads", "", heads("head_grad_norm"), zero=True, heads="head_grad_norm"),
+    Sketch("Size of what a head learned", "", heads("head_delta_norm"), zero=True, heads="head_delta_norm"),
+    Sketch("Cosine between heads", "between what two heads learned: mean (line), largest (dots)", cosine),
+    Sketch("Effective rank of a merge", "of the merged delta, mean over sampled layers", plain("delta_effective_rank"),
+           zero=True),
+    Sketch("Effective rank, % of the most", "of the highest rank these heads could reach", rank_share, zero=True),
+)  # fmt: skip
 
 
-def styled(runs: Sequence[Run]) -> Styled:
-    """Every run with its colour and dash, the same in all panels."""
-    looks = [(COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]) for i in range(len(runs))]
-    return [(run, {"color": c, "linestyle": d, "linewidth": 1.7}) for run, (c, d) in zip(runs, looks, strict=True)]
+def palette(runs: Sequence[Run]) -> list[tuple[Run, str, int]]:
+    """Every run with its colour and its dash, the same in all panels."""
+    return [(run, COLOURS[i % len(COLOURS)], i // len(COLOURS)) for i, run in enumerate(runs)]
 
 
-def theme(name: str) -> dict[Any, Any]:
-    """matplotlib settings of the light or dark look."""
-    look = THEMES[name]
-    return {
-        "figure.facecolor": look["paper"], "axes.facecolor": "none", "savefig.facecolor": look["paper"],
-        "text.color": look["ink"], "axes.labelcolor": look["soft"], "axes.edgecolor": look["grid"],
-        "xtick.color": look["soft"], "ytick.color": look["soft"], "xtick.major.size": 0, "ytick.major.size": 0,
-        "axes.grid": True, "axes.grid.axis": "y", "grid.color": look["grid"], "axes.axisbelow": True,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
-        "axes.formatter.use_mathtext": True, "font.size": 9, "svg.hashsalt": "lte-scale",
-    }  # fmt: skip
+def told_apart(runs: Sequence[Run]) -> int:
+    """Heads that have lines of their own: those of a single run, where they are few."""
+    number = len(runs[0].parts("head_loss"))
+    return number if len(runs) == 1 and 1 < number <= HEADS_TOLD_APART else 0
 
 
-def draw(axes: Axes, plot: Callable[[Axes, Styled], None], runs: Sequence[Run]) -> None:
-    """One panel without its title."""
-    axes.margins(x=0.02)
-    plot(axes, styled(runs))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(THOUSANDS)
-    for each in axes.figure.axes:
-        each.locator_params(axis="y", nbins=6)
-
-
-def picture(runs: Sequence[Run]) -> bytes:
-    """All panels as one PNG."""
-    with mpl.rc_context(theme("light")):
-        figure = Figure(figsize=(14, 7.6), dpi=150)
-        grid = figure.subplots(2, 3)
-        for axes, (title, subtitle, plot) in zip(grid.flat, PANELS, strict=True):
-            draw(axes, plot, runs)
-            axes.annotate(title, (0, 1), (0, 22), "axes fraction", "offset points", fontsize=11, fontweight="bold")
-            axes.annotate(subtitle, (0, 1), (0, 8), "axes fraction", "offset points", color=THEMES["light"]["soft"])
-        for axes in grid[1]:
-            axes.set_xlabel("optimizer step")
-        handles = [Line2D([], [], label=run.label, **style) for run, style in styled(runs)]
-        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.038, 0.995), ncols=6, frameon=False)
-        figure.subplots_adjust(left=0.045, right=0.965, bottom=0.07, top=0.86, hspace=0.42, wspace=0.2)
-        content = io.BytesIO()
-        figure.savefig(content, format="png")
-    return content.getvalue()
-
-
-def panel(plot: Callable[[Axes, Styled], None], runs: Sequence[Run], look: str) -> str:
-    """One panel in one look as the data URI of an SVG image."""
-    with mpl.rc_context(theme(look)):
-        figure = Figure(figsize=(4.8, 2.9), layout="constrained")
-        axes = figure.subplots()
-        draw(axes, plot, runs)
-        axes.set_xlabel("optimizer step")
-        content = io.BytesIO()
-        figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+def panels(sketches: Sequence[Sketch], runs: Sequence[Run]) -> list[Panel]:
+    """The panels for which there are data."""
+    last = float(max(run.step for run in runs))
+    restarts = [event.step for event in runs[0].events if event.kind == "restart" and event.step is not None]
+    made = []
+    for sketch in sketches:
+        apart = bool(sketch.heads and told_apart(runs))
+        drawn = [
+            Series(s.steps, s.values, s.look, s.low, s.colour or colour, dash)
+            for run, colour, dash in palette(runs)
+            for s in (each_head(run, sketch.heads) if apart else sketch.plot(run))
+            if len(s.steps)
+        ]
+        subtitle = sketch.subtitle or ("one line each" if apart else "lowest to highest (band), mean (line)")
+        if drawn:
+            shown = [step for step in restarts if step <= last] if len(runs) == 1 else []
+            made.append(Panel(sketch.title, subtitle, drawn, max(last, 1), sketch.show, sketch.zero, shown))
+    return made
