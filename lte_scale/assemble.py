@@ -23,7 +23,7 @@ from lte_scale.merge import Merger
 from lte_scale.model import Heads, attach, build
 from lte_scale.optim import HeadOptimizer
 from lte_scale.precision import with_precision
-from lte_scale.topology import from_environment
+from lte_scale.topology import Topology, from_environment
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,6 @@ class LTE:
     merger: Merger
     optimizer: HeadOptimizer
     autocast: torch.autocast
-    flops_per_image: int
 
     @property
     def model(self) -> nn.Module:
@@ -67,7 +66,6 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
     for module in model.modules():
         if isinstance(module, ReplicaNorm):
             module.layer_norm = norm
-    flops = training_flops(model, heads, config.model.image_size)
     blocks = wrap_blocks(
         model, checkpoint_activations=config.train.checkpoint_activations, compile=config.train.compile
     )
@@ -83,7 +81,14 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
         engine = SingleEngine(model, heads, device)
     fill_base(engine, heads, rank=collectives.topology.rank, seed=config.seed)
     merger = Merger(heads, engine, collectives, arrangement)
-    return LTE(heads, engine, merger, HeadOptimizer(heads, config.optimizer, collectives), autocast, flops)
+    return LTE(heads, engine, merger, HeadOptimizer(heads, config.optimizer, collectives), autocast)
+
+
+def flops_per_image(config: Config, num_classes: int, topology: Topology) -> int:
+    """FLOPs of training on one image. Counted on a model of its own, in a second or two."""
+    model = build(config.model, num_classes, seed=config.seed)
+    heads = attach(model, config.adapters, topology.my_heads, seed=config.seed)
+    return training_flops(model, heads, config.model.image_size)
 
 
 def _plain_attention(model: nn.Module) -> None:

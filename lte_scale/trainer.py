@@ -14,7 +14,7 @@ from types import TracebackType
 import torch
 import torch.nn.functional as F
 
-from lte_scale.assemble import assemble
+from lte_scale.assemble import assemble, flops_per_image
 from lte_scale.checkpoint import Checkpoints
 from lte_scale.collectives import Collectives
 from lte_scale.config import differences, dump, load_config
@@ -66,7 +66,12 @@ class Trainer:
         run_dir = Path(config.run_dir)
         self.checkpoints = Checkpoints(run_dir, config.checkpoint, collectives)
         self.recorder = Recorder(
-            config, collectives, self.schedule, self.merger, device=device, flops_per_image=lte.flops_per_image
+            config,
+            collectives,
+            self.schedule,
+            self.merger,
+            device=device,
+            flops_per_image=flops_per_image(config, classes, topology),
         )
         self.clock, self.checkpoints.ended = self.recorder.clock, self.recorder.checkpointed
         self.profiler = Profiler(config.profile.steps, run_dir, collectives)
