@@ -59,6 +59,7 @@ test-observability: venv
 	    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
 	        prometheus chromium; } </dev/null
 	REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest -m observability --timeout 600
+	$(BIN)/python -m pytest tests/test_dashboards.py
 
 bench-engines: venv
 	$(BIN)/python benchmarks/engines.py

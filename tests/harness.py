@@ -103,7 +103,10 @@ class DistributedPool:
 def _serve(rank: int, pipe: Connection) -> None:
     import torch
 
+    import lte_scale.assemble  # noqa: F401
+
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported is left out of the collections below
     pipe.send("ready")
     while True:
         try:
