@@ -109,8 +109,7 @@ def test_tensorboard_forgets_what_a_resumed_run_writes_again(tmp_path: Path) -> 
     pytest.importorskip("tensorboard")
     for resumed, steps, loss in ((0, (10, 20, 30), 1.0), (20, (30, 40), 2.0)):
         (writer,) = build_writers(MetricsConfig(tensorboard=True), tmp_path, "run", SETTINGS)
-        if resumed:
-            writer.rewind(resumed)
+        writer.rewind(resumed)
         for step in steps:
             writer.write(at(step, loss=loss))
         writer.close()
@@ -175,8 +174,7 @@ from tests.test_writers import SETTINGS, at
 run_dir = Path(sys.argv[1])
 for resumed, steps in ((0, (10, 20, 30)), (20, (30, 40))):
     (writer,) = build_writers(MetricsConfig(wandb="project"), run_dir, "run", SETTINGS)
-    if resumed:
-        writer.rewind(resumed)
+    writer.rewind(resumed)
     for step in steps:
         writer.write(at(step, loss=float(step)))
     writer.close()

@@ -159,7 +159,7 @@ class WandbWriter:
     def rewind(self, step: int) -> None:
         """The next record begins a run of its own."""
         self.close()
-        self._from = f" from step {step}"
+        self._from = f" from step {step}" if step else ""
 
     def close(self) -> None:
         if self._run is not None:
