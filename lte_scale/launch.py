@@ -23,6 +23,7 @@ from lte_scale.config import check_topology, check_training, dump, load_config
 from lte_scale.config.deepspeed import settings
 from lte_scale.config.schema import Config
 from lte_scale.engines.deepspeed import check_installed
+from lte_scale.metrics import writers
 from lte_scale.precision import with_precision
 from lte_scale.topology import Topology, from_environment
 from lte_scale.trainer import Trainer, TrainingError
@@ -53,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_topology(config, topology.nodes, topology.ranks_per_node)
         if config.engine.name == "deepspeed":
             check_installed()
+        writers.check_installed(config.metrics)
     except ValueError:
         if int(os.environ.get("RANK", "0")) == 0:  # all ranks read the same configuration
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing as mp
 import multiprocessing.connection
 import os
@@ -11,8 +10,10 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any, cast
+
+RUNS_OF_A_PROCESS = 10
 
 
 def free_port() -> int:
@@ -27,11 +28,16 @@ class DistributedError(AssertionError):
 
 
 class DistributedPool:
-    """`size` processes that run functions as the ranks of a process group, a fresh group for every run."""
+    """`size` processes that run functions as the ranks of a process group, a fresh group for every run.
+
+    They are forked from a process that has imported what takes seconds, and replaced now and then: process groups that
+    something still refers to keep threads that wake a hundred times a second.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._workers: list[tuple[SpawnProcess, Connection]] = []
+        self._workers: list[tuple[BaseProcess, Connection]] = []
+        self._runs = 0
 
     def run(
         self,
@@ -50,8 +56,11 @@ class DistributedPool:
         world = world_size or self.size
         if not 1 <= world <= self.size:
             raise ValueError(f"world_size {world}: the pool has {self.size} processes")
+        if self._runs == RUNS_OF_A_PROCESS:
+            self.close()
         if not self._workers:
             self._start()
+        self._runs += 1
         job = {"port": free_port(), "world": world, "ranks_per_node": ranks_per_node}
         for _, pipe in self._workers[:world]:
             pipe.send((job, function, args))
@@ -81,7 +90,9 @@ class DistributedPool:
         raise DistributedError(f"ranks {sorted(waiting.values())} did not end within {timeout} s")
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["lte_scale.assemble", "lte_scale.checkpoint"])
+        self._runs = 0
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
@@ -103,10 +114,7 @@ class DistributedPool:
 def _serve(rank: int, pipe: Connection) -> None:
     import torch
 
-    import lte_scale.assemble  # noqa: F401
-
     torch.set_num_threads(1)
-    gc.freeze()  # what is imported is left out of the collections below
     pipe.send("ready")
     while True:
         try:
@@ -143,4 +151,3 @@ def _run(
         return time.monotonic(), traceback.format_exc()  # before this group's end makes the other ranks fail
     finally:
         dist.destroy_process_group()
-        gc.collect()  # a group that something still refers to keeps a thread that wakes a hundred times a second

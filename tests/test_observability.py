@@ -12,7 +12,6 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ def words(digits: Path, run_dir: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def watched(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def watched(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What Prometheus answers when a run is nearly over, and what it has stored of it."""
     folder = tmp_path_factory.mktemp("watched")
     run_dir = folder / "run"
@@ -115,7 +114,7 @@ def watched(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         finally:
             run.terminate()
             run.wait(60)
-    yield seen
+    return seen
 
 
 def stored(seen: dict[str, Any], name: str, **labels: str) -> dict[float, float]:

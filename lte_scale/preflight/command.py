@@ -18,6 +18,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from lte_scale.config import check_topology, check_training, load_config
 from lte_scale.config.schema import Config
 from lte_scale.engines.deepspeed import check_installed
+from lte_scale.metrics import writers
 from lte_scale.preflight.compare import (
     Failure,
     bandwidths,
@@ -103,6 +104,7 @@ def _request(arguments: argparse.Namespace, began: float) -> Request:
     check_topology(config, topology.nodes, topology.ranks_per_node)
     if config.engine.name == "deepspeed":
         check_installed()
+    writers.check_installed(config.metrics)
     checkpoint = checkpoint_bytes(config, topology)
     return Request(config=config, place=place, topology=topology, checkpoint=checkpoint,
                    deadline=arguments.deadline, began=began)  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lte_scale.adapters import LTELinear
 from lte_scale.collectives import Collectives
-from lte_scale.health import Health, HeadHealth, effective_rank, gram
+from lte_scale.health import HeadHealth, Health, effective_rank, gram
 from lte_scale.topology import Topology
 from tests.harness import DistributedPool
 
