@@ -160,6 +160,20 @@ def test_another_number_of_ranks_loads_the_same_base(
         assert torch.equal(values, after[name]), name
 
 
+@pytest.mark.parametrize("place", [PLACES[0], PLACES[3]])
+def test_in_few_bits_too_another_number_of_nodes_loads_the_same_base(
+    pool4: DistributedPool, tmp_path: Path, place: tuple[str, str]
+) -> None:
+    """What the two nodes had not sent yet means nothing to four, and is dropped."""
+    config = in_precision("int8", configuration("reset", 2, place, "dense", 0, "nesterov"))
+    pool4.run(save, config, str(tmp_path), False)
+    before = joined(pool4.run(masters_after_load, config, str(tmp_path)))
+    other = in_precision("int8", configuration("reset", 1, place, "dense", 0, "nesterov"))
+    after = joined(pool4.run(masters_after_load, other, str(tmp_path), ranks_per_node=1))
+    for name, values in before.items():
+        assert torch.equal(values, after[name]), name
+
+
 def test_retention_keeps_the_newest_and_the_best(pool4: DistributedPool, tmp_path: Path) -> None:
     pool4.run(save_several, configuration("reset", 2, PLACES[0], "dense", 0, "average"), str(tmp_path))
     assert [p.name for p in whole_checkpoints(tmp_path)] == ["step_00000002", "step_00000004", "step_00000005"]
