@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from lte_scale.codec import Codec
 from lte_scale.config.schema import Config
-from lte_scale.cost import Shapes
+from lte_scale.cost import Layer, Shapes
 from lte_scale.engines.base import Slice, cut, split_evenly
 from lte_scale.topology import Topology
 
@@ -41,23 +42,6 @@ class Ownership:
     def part_size(self) -> int:
         """Elements of the largest part: what the others are padded to."""
         return max(stop - start for start, stop in self.parts)
-
-
-def choose_path(
-    shape: tuple[int, int], rank: int, topology: Topology, *, scope: str, merges_per_window: int, asked: str
-) -> Path:
-    """The path that sends fewer bytes between nodes for one weight, or the one asked for.
-
-    Per node and merge the factor path sends (K - 1) * merges * h * R * (in + out) values, the dense path
-    2 (K - 1) / K * in * out with scope `node` and half of that with scope `global`.
-    """
-    if asked != "auto":
-        return "factor" if asked == "factor" else "dense"
-    out, into = shape
-    nodes = topology.nodes
-    factor = (nodes - 1) * merges_per_window * topology.heads_per_node * rank * (into + out)
-    dense = (2 if scope == "node" else 1) * (nodes - 1) / nodes * into * out
-    return "factor" if factor < dense else "dense"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +89,27 @@ class Arrangement:
 
     @property
     def folded(self) -> bool:
-        """A node's base belongs to one resetless head, so that it holds W - s B' A': no subtracting in every pass."""
-        return self.resetless and self.topology.heads_per_node == 1 and (not self.spread or self.refined)
+        """A node's base belongs to one resetless head, so that it holds W - s B' A': no subtracting in every pass.
+
+        Not where copies follow the master by its changes (`followed`): those need the bits of what was published.
+        """
+        own = not self.spread or (self.refined and not self.followed)
+        return self.resetless and self.topology.heads_per_node == 1 and own
+
+    @property
+    def codec(self) -> Codec:
+        """What a merge makes of values that cross between nodes."""
+        return Codec(self.config.merge.precision if self.topology.nodes > 1 else "fp32")
+
+    @property
+    def factor_codecs(self) -> tuple[Codec, Codec]:
+        """The same for A and for B on the factor path (why A is exact under reset: `merge`)."""
+        return (self.codec if self.resetless else Codec()), self.codec
+
+    @property
+    def followed(self) -> bool:
+        """The nodes' copies are told changes of the master, in fewer bits, and lag behind it by what is missing."""
+        return self.refined and not self.codec.exact
 
     @property
     def separate(self) -> bool:
@@ -152,20 +155,29 @@ class Arrangement:
         own = parts[node] if self.spread else compute
         return Ownership(self.shapes.layers[name].shape, own, parts, compute)
 
+    def exchanged(self, own: Ownership) -> tuple[Slice, ...]:
+        """The parts of a weight that peers reduce for one another, one each."""
+        return own.parts if self.spread else split_evenly(own.own, self.topology.nodes)
+
+    def path_bytes(self, layer: Layer) -> dict[Path, int]:
+        """Bytes that leave a node in a global merge for one weight, on either path (docs/plan.md), padding aside."""
+        nodes = self.topology.nodes
+        of_head = sum(codec.size(n) for codec, n in zip(self.factor_codecs, layer.factor_sizes, strict=True))
+        factor = (nodes - 1) * self.merges_sent * self.topology.heads_per_node * of_head
+        dense = (1 if self.spread else 2) * (nodes - 1) * self.codec.size(layer.values) // nodes
+        return {"factor": factor, "dense": dense}
+
     @cached_property
     def paths(self) -> dict[str, Path]:
-        """The path of every weight between nodes."""
-        return {
-            name: choose_path(
-                layer.shape,
-                layer.rank,
-                self.topology,
-                scope=self.config.base.scope,
-                merges_per_window=self.merges_sent,
-                asked=self.config.merge.path,
-            )
-            for name, layer in self.shapes.layers.items()
-        }
+        """The path of every weight between nodes: what is asked for, or what sends fewer bytes."""
+        return {name: self._path(layer) for name, layer in self.shapes.layers.items()}
+
+    def _path(self, layer: Layer) -> Path:
+        asked = self.config.merge.path
+        if asked != "auto":
+            return "factor" if asked == "factor" else "dense"
+        sent = self.path_bytes(layer)
+        return "factor" if sent["factor"] < sent["dense"] else "dense"
 
     @cached_property
     def buckets(self) -> list[Bucket]:
@@ -190,17 +202,18 @@ class Arrangement:
         # Of the whole weight, not of this rank's rows: all ranks must form the same buckets.
         return FP32 * max(factors, layer.values // self.topology.ranks_per_node)
 
-    def head_part(self, bucket: Bucket) -> int:
-        """Values of one head that one of the ranks sharing it sends."""
-        size = sum(self.shapes.layers[name].factor_values for name in bucket.names)
-        return -(-size // self.topology.ranks_per_head)
+    def head_parts(self, bucket: Bucket) -> tuple[int, int]:
+        """Values of A and of B of one head that one of the ranks sharing it sends."""
+        A, B = map(sum, zip(*(self.shapes.layers[name].factor_sizes for name in bucket.names), strict=True))
+        return -(-A // self.topology.ranks_per_head), -(-B // self.topology.ranks_per_head)
 
     def formed(self, bucket: Bucket, rank: int) -> int:
         """Values of a bucket's products that `rank` forms for a dense exchange."""
         return sum(length(part) for name in bucket.names for part in self.ownership(name, rank).parts)
 
     def padded_parts(self, bucket: Bucket, rank: int) -> int:
-        return sum(self.ownership(name, rank).part_size for name in bucket.names)
+        """Values of a row of what the peers reduce for one another."""
+        return sum(max(map(length, self.exchanged(self.ownership(name, rank)))) for name in bucket.names)
 
     def units(self) -> dict[str, int]:
         """Values of each gathered unit, padding included; the empty name is what lies outside of the blocks."""

@@ -13,14 +13,19 @@ Keys. Weights are flat fp32 vectors of which a rank holds any part, so that they
     product/LAYER                                       what resetless heads had merged at the last global merge
     replica_master/NAME  replica_momentum/  replica_average/
     node/K/LAYER                                        node K's compute weights, where nodes merge on their own
+    copy/LAYER                                          all nodes' compute weights, where they lag behind the master
     head/N/...                                          factors, replica parameters, AdamW's state, data position
     history/RANK/BUCKET/I                               factors of earlier local merges of the window (factor path)
+    unsent/RANK/LAYER/sent, shared; unsent/RANK/sent, shared
+                                                        what messages of merges in few bits have missed (dense path;
+                                                        replica parameters)
 
 Loaded on the same topology, a run continues bit for bit. On another one:
 
     the number of heads is the same     heads keep factors, optimizer state and data position
     it differs                          heads are drawn anew, from the masters; the data goes on at the same epoch
     nodes had merged on their own       their progress since the last global merge is dropped
+    merges were in few bits             what they had not sent of dense changes is dropped
 
 A run that goes on from an earlier checkpoint than its newest, or from none, leaves a course: where it saves, what there
 is of the same or a later step is renamed to step_00001000.superseded. It is neither resumed from nor deleted.
@@ -64,6 +69,7 @@ from lte_scale.contents import (
     read_state,
     take_positions,
     tensors_of,
+    unsent_that_is_lost,
 )
 from lte_scale.log import log
 from lte_scale.storage import read_metadata, read_tensors, reason
@@ -291,6 +297,9 @@ class Checkpoints:
             check_model(metadata, pieces, path)
             wanted = tensors_of(pieces, shards, loading=True)
             chosen = {n: t for n, t in wanted.items() if carries_over(n, same_place=same_place, same_heads=same_heads)}
+            if forgotten := unsent_that_is_lost(metadata, chosen):
+                chosen = {n: t for n, t in chosen.items() if n not in forgotten}
+                self._say(f"{path}: what merges in few bits had not sent yet means nothing here and is dropped")
             missing = [name for name in chosen if name not in metadata.state_dict_metadata]
             if missing:
                 kinds = sorted({name.partition("/")[0] for name in missing})
@@ -299,7 +308,7 @@ class Checkpoints:
             read_tensors(staged, path, group=self.group, alone=self.group is None)
             averages = [name for name in missing if name.startswith(("average/", "replica_average/"))]
             staged |= {name: staged[name.replace("average/", "master/", 1)] for name in averages}
-            late = {n for n in staged if n.startswith(("node/", "product/"))}
+            late = {n for n in staged if n.startswith(("node/", "product/", "copy/"))}
             copy_in({n: t for n, t in staged.items() if n not in late}, chosen)
         load_history(path, metadata, pieces, group=self.group, same_place=same_place)
         take_positions(pieces, staged, state, topology.heads)

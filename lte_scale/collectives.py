@@ -3,6 +3,8 @@
 Bytes are those of ring algorithms over ranks in node order, which NCCL and gloo use for large messages: a rank
 sends to its successor in the group, so the bytes are *inter-node* when that successor is on another node.
 Summed over a node's ranks this is what leaves its network interface (plus the headers of the protocol).
+In an all-to-all a rank sends to every other one: that is counted the same way, by where the successor is, and exact
+among peers, all of which are on other nodes.
 
 A group of one is the identity: nothing is sent, nothing is copied, no process group is needed.
 
@@ -75,6 +77,11 @@ def all_reduce_bytes(size: int, message_bytes: int) -> int:
 
 def reduce_scatter_bytes(size: int, message_bytes: int) -> int:
     """Bytes one rank sends in a ring reduce-scatter of a message (all `size` parts together)."""
+    return (size - 1) * message_bytes // size
+
+
+def all_to_all_bytes(size: int, message_bytes: int) -> int:
+    """Bytes one rank sends in an all-to-all of a message with a part for each of `size` ranks: all but its own."""
     return (size - 1) * message_bytes // size
 
 
@@ -179,6 +186,15 @@ class Collectives:
         with self.call(group, purpose, reduce_scatter_bytes(group.size, tensor.nbytes)):
             _reduce_scatter(part, tensor.contiguous().view(-1), group=group.process_group)
         return part.view(tensor.shape[1:])
+
+    def all_to_all(self, tensor: Tensor, group: Group, purpose: str) -> Tensor:
+        """Row `index in the group` of every rank's `tensor` [ranks, ...], as [ranks, ...] in the order of the group."""
+        if group.size == 1:
+            return tensor
+        received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        with self.call(group, purpose, all_to_all_bytes(group.size, tensor.nbytes)):
+            dist.all_to_all_single(received, tensor.contiguous(), group=group.process_group)
+        return received
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -54,6 +54,11 @@ def tensors_of(pieces: Pieces, shards: Mapping[str, Tensor], *, loading: bool = 
                 found[f"{kind}/{name}"] = FlatPart(values[name], own.own[0], total)
         if merger.arrangement.two_level:
             found[f"node/{node}/{name}"] = FlatPart(shards[name], own.compute[0], total)
+        if merger.arrangement.followed:
+            found[f"copy/{name}"] = FlatPart(shards[name], own.compute[0], total)
+    found |= {f"unsent/{rank}/{name}": value for name, value in merger.dense.unsent().items()}
+    if (feedback := merger.replicas.feedback) is not None:
+        found |= {f"unsent/{rank}/sent": feedback.unsent, f"unsent/{rank}/shared": feedback.unshared}
     replicas = merger.replicas.outer
     for kind, values in (("master", replicas.masters), ("momentum", replicas.momenta), ("average", replicas.averages)):
         found |= {f"replica_{kind}/{name}": value for name, value in values.items()}
@@ -85,7 +90,18 @@ def _of_head(pieces: Pieces, index: int, head: int) -> dict[str, Tensor]:
 def carries_over(name: str, *, same_place: bool, same_heads: bool) -> bool:
     """Whether the tensor of this key means the same where nodes, ranks or heads are others."""
     kind = name.partition("/")[0]
-    return same_place if kind == "node" else same_heads if kind in ("head", "product") else True
+    return same_place if kind in ("node", "unsent") else same_heads if kind in ("head", "product") else True
+
+
+def unsent_that_is_lost(metadata: Metadata, chosen: Tensors) -> set[str]:
+    """Keys of what messages have missed that cannot be loaded to `chosen`, as far as this rank or rank 0 would."""
+    stored = metadata.state_dict_metadata
+    lost = {name for name in stored if name.startswith("unsent/0/") and name not in chosen}
+    for name, value in chosen.items():
+        entry = stored.get(name)
+        if name.startswith("unsent/") and isinstance(entry, TensorStorageMetadata) and entry.size != value.size():
+            lost.add(name)
+    return lost
 
 
 def copied(value: Tensor) -> Tensor:

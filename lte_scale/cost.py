@@ -43,9 +43,14 @@ class Layer:
         return self.out * self.into
 
     @property
+    def factor_sizes(self) -> tuple[int, int]:
+        """Values of A and of B of one head."""
+        return self.rank * self.into, self.rank * self.out
+
+    @property
     def factor_values(self) -> int:
         """Values of A and B of one head."""
-        return self.rank * (self.into + self.out)
+        return sum(self.factor_sizes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,6 @@ from lte_scale.traffic import (
     gather_traffic,
     merge_traffic,
     of_node,
-    path_bytes,
     run_traffic,
     step_traffic,
 )
@@ -206,7 +205,7 @@ def path_rows(a: Arrangement) -> list[PathRow]:
     )
     rows = []
     for (name, layer, path), count in groups.items():
-        sent = path_bytes(a, layer)
+        sent = a.path_bytes(layer)
         rows.append(
             PathRow(name, layer.out, layer.into, layer.rank, path, count, count * sent["factor"], count * sent["dense"])
         )

@@ -82,9 +82,9 @@ class HeadHealth:
         (rank, into), out = layer.A.shape[1:], layer.B.shape[1]
 
         def gathered(previous: bool) -> tuple[Tensor, Tensor]:
-            packed = self.exchange.pack([name], previous=previous).unsqueeze(0)
-            flat = self.exchange.within_node(packed, self.exchange.size([name]))[0, :COMPARED_HEADS].double().cpu()
-            return flat[:, : rank * into].view(-1, rank, into), flat[:, rank * into :].view(-1, out, rank)
+            packed = self.exchange.pack([name], previous=previous)
+            A, B = (factor[:COMPARED_HEADS].double().cpu() for factor in self.exchange.within_node(packed, [name]))
+            return A.view(-1, rank, into), B.view(-1, out, rank)
 
         A, B = gathered(previous=False)
         if layer.A_prev is None:

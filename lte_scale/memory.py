@@ -30,6 +30,7 @@ class Memory:
     optimizer_state: int
     activations: int
     merge_history: int = 0
+    unsent: int = 0
     merge_buffers: int = 0
     cpu: int = 0
 
@@ -73,6 +74,7 @@ def memory(a: Arrangement, *, activations: int) -> Memory:
         optimizer_state=2 * FP32 * trained,
         activations=activations,
         merge_history=FP32 * _history_values(a),
+        unsent=FP32 * unsent_values(a, 0),
         merge_buffers=FP32 * max(_buffer_values(a, bucket) for bucket in a.buckets),
         cpu=sum(weights.values()) if offloaded else 0,
     )
@@ -103,17 +105,32 @@ def _product_values(a: Arrangement) -> int:
 
 def _history_values(a: Arrangement) -> int:
     kept = (a.merges_sent - 1) * a.topology.heads_per_rank
-    return sum(kept * a.head_part(bucket) for bucket in a.buckets if bucket.path == "factor")
+    return sum(kept * sum(a.head_parts(bucket)) for bucket in a.buckets if bucket.path == "factor")
+
+
+def unsent_values(a: Arrangement, rank: int) -> int:
+    """What messages in less than fp32 have missed: a row for each peer, and the mean of the own part."""
+    if a.codec.exact:
+        return 0
+    nodes = a.topology.nodes
+    dense = sum(a.padded_parts(bucket, rank) for bucket in a.buckets if bucket.path == "dense")
+    replica_part = -(-a.shapes.replica_values // a.topology.ranks_per_node)
+    return dense * (nodes + (not a.spread)) + -(-replica_part // nodes) * (nodes + 1)
 
 
 def _buffer_values(a: Arrangement, bucket: Bucket) -> int:
-    """Sent, received and reordered factors, and the products formed from them, twice (a message is a copy)."""
+    """Sent, received and reordered factors, and the products formed from them, twice (a message is a copy).
+
+    In less than fp32 what is received comes decoded besides.
+    """
     t = a.topology
     sets = t.nodes * a.merges_sent if bucket.path == "factor" else 1
-    part = t.heads_per_rank * a.head_part(bucket)
+    part = t.heads_per_rank * sum(a.head_parts(bucket))
     received = sets * part * t.ranks_per_node
     if bucket.path == "factor":
         changes = sum(length(a.ownership(name, 0).own) for name in bucket.names)
-        return a.merges_sent * part + sets * part + 2 * received + changes
-    message = t.nodes * a.padded_parts(bucket, 0) if a.spread else a.formed(bucket, 0)
+        return a.merges_sent * part + sets * part + (2 if a.codec.exact else 3) * received + changes
+    message = a.formed(bucket, 0)
+    if a.spread or not a.codec.exact:
+        message = t.nodes * a.padded_parts(bucket, 0) * (1 if a.codec.exact else 2)
     return part + 2 * received + a.formed(bucket, 0) + message

@@ -10,6 +10,14 @@ Every rank forms and keeps its own part of every weight, and writes it through `
               moved since (local merges), a finer part is owned (scope `global` with a copy per node), or a
               resetless head's product is folded into its own base
     product   (s / h) sum B A of the node's heads, or (s / N) of all heads, at the last merge (resetless alone)
+
+In `merge.precision` other than fp32 a message holds less than it should. What it misses is not lost:
+
+    dense path, replica parameters   it is added to the next window's change (`feedback`)
+    factor path, reset               it stays in the head: B becomes B - B^ for the B^ sent, and B A is linear in B. A
+                                     is sent in fp32: B (A - A^) has another rank r, which a head cannot keep
+    factor path, resetless           A' and B' become the A^ and B^ sent: the head goes on from W + s (B A - B^ A^)
+    copies of a finer master         they are told by how much the master has moved from what they hold
 """
 
 from __future__ import annotations
@@ -18,12 +26,15 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lte_scale.arrangement import Arrangement, Bucket, length
+from lte_scale.codec import Codec
 from lte_scale.collectives import Collectives
+from lte_scale.dense import DenseExchange, joined
 from lte_scale.engines.base import Engine, Slice
-from lte_scale.exchange import FactorExchange, product
+from lte_scale.exchange import FactorExchange, Factors, product
 from lte_scale.model import Heads
 from lte_scale.outer import Outer
 from lte_scale.replicas import ReplicaMerger
@@ -47,12 +58,13 @@ class Merger:
         self.heads, self.engine, self.collectives, self.arrangement = heads, engine, collectives, arrangement
         self.topology, self.config = arrangement.topology, arrangement.config.merge
         ema_decay = arrangement.config.train.ema_decay
-        self.exchange = FactorExchange(heads, collectives)
+        self.exchange = FactorExchange(heads, collectives, codecs=arrangement.factor_codecs)
         self.clock: Stopwatch[tuple[str, str]] = Stopwatch(self.exchange.device)
         self.ownership = {
             name: arrangement.ownership(name, self.topology.rank, engine.slice_of) for name in heads.linears
         }
         self.paths, self.buckets = arrangement.paths, arrangement.buckets
+        self.dense = DenseExchange(arrangement, collectives, self.ownership, self.exchange.device)
         self.history: dict[Bucket, list[Tensor]] = {bucket: [] for bucket in self.buckets}
         self.node_product: dict[str, Tensor] = {}
         self.mean_product: dict[str, Tensor] = {}
@@ -62,7 +74,7 @@ class Merger:
                 for name, own in self.ownership.items():
                     self.outer.masters[name] = _cut(shards[name], own.compute, own.own).clone()
             self.outer.start_average()
-        self.replicas = ReplicaMerger(heads, collectives, self.config, ema_decay)
+        self.replicas = ReplicaMerger(heads, collectives, self.config, ema_decay, arrangement.codec)
         self._clear_products()
 
     @contextmanager
@@ -103,98 +115,92 @@ class Merger:
         with self.clock((scope, "replica")):
             self.replicas.merge(everywhere)
         self.clock.lap()
-        for layer in self.heads.linears.values():
-            if layer.A_prev is None or layer.B_prev is None:
-                layer.B.zero_()
-            else:
-                layer.A_prev.copy_(layer.A)
-                layer.B_prev.copy_(layer.B)
 
     def _merge_locally(self, bucket: Bucket, shards: Shards) -> None:
         packed = self.exchange.pack(bucket.names)
         if bucket.path == "factor" and not self.arrangement.resetless:
+            packed = self.exchange.rounded(packed, bucket.names)  # to what a global merge will send of it
             self.history[bucket].append(packed.clone())  # else a view keeps the factors of all members alive
-        for name, change in self._node_changes(bucket, packed).items():
+        factors = self.exchange.within_node(packed, bucket.names)
+        for name, change in self._changes(bucket, factors, self.node_product, whole=True).items():
             if not self.arrangement.folded:  # a folded base holds W - s B' A', which a local merge leaves as it is
                 shards[name].add_(change.to(shards[name].device))
+        self._leave_to_base(bucket, factors)
 
     def _merge_globally(self, bucket: Bucket, shards: Shards, decay: float) -> None:
         packed = self.exchange.pack(bucket.names)
         if bucket.path == "factor":
-            changes = self._mean_by_factors(bucket, packed)
+            changes, factors = self._mean_by_factors(bucket, packed)
         else:
-            changes = self._mean_by_products(bucket, packed, shards)
+            factors = self.exchange.within_node(packed, bucket.names)
+            changes = self._mean_by_products(bucket, factors, shards)
         for name, change in changes.items():
             self.outer.update(name, change, decay)
-        self._publish(bucket, self.outer.masters, shards)
+        if self.arrangement.followed:
+            self._follow(bucket, shards)
+        else:
+            self._publish(bucket, self.outer.masters, shards)
+        self._leave_to_base(bucket, factors)
 
-    def _node_changes(self, bucket: Bucket, packed: Tensor) -> dict[str, Tensor]:
-        """What the node's heads have learned since the last merge, on the parts this rank forms [elements]."""
-        gathered = self.exchange.within_node(packed.unsqueeze(0), self.exchange.size(bucket.names))
-        return self._changes(bucket, gathered, self.node_product, whole=True)
+    def _leave_to_base(self, bucket: Bucket, factors: Factors) -> None:
+        """Take from this rank's heads what the base has of them now: `factors` of the node's heads [h, values]."""
+        mine = [head % self.topology.heads_per_node for head in self.topology.my_heads]
+        for name, (A, B) in self._by_weight(bucket, factors).items():
+            layer = self.heads.linears[name]
+            A, B = A[mine].view_as(layer.A), B[mine].view_as(layer.B)
+            if layer.A_prev is None or layer.B_prev is None:
+                layer.B.sub_(B)
+            else:
+                layer.A_prev.copy_(A)
+                layer.B_prev.copy_(B)
+
+    def _by_weight(self, bucket: Bucket, factors: Factors) -> dict[str, Factors]:
+        sizes_A, sizes_B = zip(*(self.exchange.sizes([name]) for name in bucket.names), strict=True)
+        split = zip(bucket.names, factors.A.split(sizes_A, -1), factors.B.split(sizes_B, -1), strict=True)
+        return {name: Factors(A, B) for name, A, B in split}
 
     def _changes(
-        self, bucket: Bucket, factors: Tensor, previous: MutableMapping[str, Tensor], *, whole: bool
+        self, bucket: Bucket, factors: Factors, previous: MutableMapping[str, Tensor], *, whole: bool
     ) -> dict[str, Tensor]:
-        """The mean over `factors` [..., heads, C] of each weight's product, less `previous`, which it replaces."""
+        """The mean over `factors` [..., heads, values] of each weight's product, less `previous`, which it replaces.
+
+        `whole`: of the node's heads on the parts this rank forms [elements], else of all heads on the part it owns.
+        """
         changes: dict[str, Tensor] = {}
         heads = self.topology.heads_per_node if whole else self.topology.heads
-        offset = 0
-        for name in bucket.names:
+        for name, of_weight in self._by_weight(bucket, factors).items():
             own, scale = self.ownership[name], self._scale(name) / heads
             parts = own.parts if whole else (own.own,)
-            formed = _joined(product(factors, offset, own.shape, self._rank(name), parts, scale))
+            formed = joined(product(of_weight, own.shape, self._rank(name), parts, scale))
             changes[name] = formed - previous[name].to(formed.device) if self.arrangement.resetless else formed
             if self.arrangement.resetless:
                 previous[name].copy_(formed)
-            offset += self.exchange.size([name])
         return changes
 
-    def _mean_by_factors(self, bucket: Bucket, packed: Tensor) -> dict[str, Tensor]:
+    def _mean_by_factors(self, bucket: Bucket, packed: Tensor) -> tuple[dict[str, Tensor], Factors]:
+        """The mean change, and the factors of the node's heads that went into it last."""
         stack = torch.stack([*self.history[bucket], packed])
         self.history[bucket].clear()
-        gathered_KLhC = self.exchange.between_nodes(stack, self.exchange.size(bucket.names))
+        all_KLhC = self.exchange.between_nodes(stack, bucket.names)
+        of_node = Factors(all_KLhC.A[self.topology.node, -1], all_KLhC.B[self.topology.node, -1])
         if self.arrangement.resetless and (self.arrangement.folded or self.arrangement.two_level):
-            self._changes(bucket, gathered_KLhC[self.topology.node], self.node_product, whole=True)
-        return self._changes(bucket, gathered_KLhC, self.mean_product, whole=False)
+            self._changes(bucket, of_node, self.node_product, whole=True)
+        return self._changes(bucket, all_KLhC, self.mean_product, whole=False), of_node
 
-    def _mean_by_products(self, bucket: Bucket, packed: Tensor, shards: Shards) -> dict[str, Tensor]:
-        changes = self._node_changes(bucket, packed)
+    def _mean_by_products(self, bucket: Bucket, factors: Factors, shards: Shards) -> dict[str, Tensor]:
+        changes = self._changes(bucket, factors, self.node_product, whole=True)
         if self.arrangement.two_level:
             for name in bucket.names:
                 shard, change = shards[name], changes[name]
                 moved = self.node_product[name] if self.arrangement.folded else change.to(shard.device)
                 changes[name] = (shard + moved - self.outer.masters[name]).to(change.device)
-        nodes, peers = self.topology.nodes, self.collectives.peers
-        if not self.arrangement.spread:
-            total = self.collectives.all_reduce(_joined(list(changes.values())), peers, "merge_dense")
-            sizes = [change.numel() for change in changes.values()]
-            return dict(zip(changes, (total / nodes).split(sizes), strict=True))
-        padded = torch.cat([self._padded(name, change) for name, change in changes.items()], 1)
-        total = self.collectives.reduce_scatter(padded, peers, "merge_dense") / nodes
-        sizes = [self.ownership[name].part_size for name in changes]
-        own = dict(zip(changes, total.split(sizes), strict=True))
-        return {name: part[: length(self.ownership[name].own)] for name, part in own.items()}
-
-    def _padded(self, name: str, change: Tensor) -> Tensor:
-        """The parts of one weight as rows of equal length [K, part_size]."""
-        own = self.ownership[name]
-        rows = change.new_zeros(len(own.parts), own.part_size)
-        for row, part in zip(rows, change.split([length(p) for p in own.parts]), strict=True):
-            row[: part.numel()] = part
-        return rows
+        return self.dense.mean(bucket, changes)
 
     def _publish(self, bucket: Bucket, source: Mapping[str, Tensor], shards: Shards, *, fold: bool = True) -> None:
         """Write `source` (own parts) to where the forward pass reads it, less the folded product."""
         if self.arrangement.refined:
-            own = [source[name] for name in bucket.names]
-            sizes = [self.ownership[name].part_size for name in bucket.names]
-            padded = [torch.nn.functional.pad(t, (0, s - t.numel())) for t, s in zip(own, sizes, strict=True)]
-            message = torch.cat(padded).to(self.exchange.device)
-            rows = self.collectives.all_gather(message, self.collectives.peers, "merge_refresh").split(sizes, 1)
-            for name, parts in zip(bucket.names, rows, strict=True):
-                lengths = [length(part) for part in self.ownership[name].parts]
-                shards[name].copy_(torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]))
+            for name, values in self._of_peers(bucket, source, Codec()).items():
+                shards[name].copy_(values)
         else:
             for name in bucket.names:
                 if shards[name].data_ptr() != source[name].data_ptr():
@@ -202,6 +208,28 @@ class Merger:
         if self.arrangement.folded and fold:
             for name in bucket.names:
                 shards[name].sub_(self.node_product[name])
+
+    def _follow(self, bucket: Bucket, shards: Shards) -> None:
+        """Move every node's copy towards the masters; it lags behind by what messages miss, on all nodes alike."""
+        moved = {}
+        for name in bucket.names:
+            own = self.ownership[name]
+            moved[name] = self.outer.masters[name] - _cut(shards[name], own.compute, own.own)
+        for name, change in self._of_peers(bucket, moved, self.arrangement.codec).items():
+            shards[name].add_(change.to(shards[name].device))
+
+    def _of_peers(self, bucket: Bucket, own: Mapping[str, Tensor], codec: Codec) -> dict[str, Tensor]:
+        """`own` parts of all peers, as all of them decode it, joined to what this rank computes with."""
+        sizes = {name: self.ownership[name].part_size for name in bucket.names}
+        padded = [F.pad(own[name], (0, size - own[name].numel())) for name, size in sizes.items()]
+        message = codec.encode(torch.cat(padded).to(self.exchange.device))
+        gathered = self.collectives.all_gather(message, self.collectives.peers, "merge_refresh")
+        found = {}
+        decoded = codec.decode(gathered, sum(sizes.values())).split(list(sizes.values()), 1)
+        for name, rows in zip(sizes, decoded, strict=True):
+            lengths = [length(part) for part in self.ownership[name].parts]
+            found[name] = torch.cat([row[:n] for row, n in zip(rows, lengths, strict=True)])
+        return found
 
     def _clear_products(self) -> None:
         if not self.arrangement.resetless:
@@ -220,13 +248,15 @@ class Merger:
         if not self.arrangement.resetless:
             return
         self._clear_products()
+        exchange = FactorExchange(self.heads, self.collectives)  # in fp32: of other bits than now, if precision changed
         for bucket in self.buckets:
-            packed = self.exchange.pack(bucket.names, previous=True)
+            packed = exchange.pack(bucket.names, previous=True)
             if self.arrangement.folded or self.arrangement.two_level or bucket.path == "dense":
-                self._node_changes(bucket, packed)
+                factors = exchange.within_node(packed, bucket.names)
+                self._changes(bucket, factors, self.node_product, whole=True)
             if bucket.path == "factor":
-                gathered = self.exchange.between_nodes(packed.unsqueeze(0), self.exchange.size(bucket.names))
-                self._changes(bucket, gathered, self.mean_product, whole=False)
+                factors = exchange.between_nodes(packed.unsqueeze(0), bucket.names)
+                self._changes(bucket, factors, self.mean_product, whole=False)
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -258,7 +288,3 @@ class Merger:
 def _cut(flat: Tensor, held: Slice, part: Slice) -> Tensor:
     """The elements of `part` from a flat tensor that holds `held`."""
     return flat[part[0] - held[0] : part[1] - held[0]]
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -104,9 +104,10 @@ def _heading(plan: Plan) -> Iterator[str]:
         f"per step, {images:,} per node"
     )
     local = f" (in the node {a.local_every})" if a.two_level else ""
+    sent = "" if c.merge.precision == "fp32" else f", {c.merge.precision} between nodes"
     yield (
         f"base: scope {c.base.scope}, gather {c.base.gather}, engine {c.engine.name}, {c.train.precision}; merge "
-        f"every {c.merge.every} steps{local}; {c.adapters.mode}, outer {c.merge.outer}"
+        f"every {c.merge.every} steps{local}{sent}; {c.adapters.mode}, outer {c.merge.outer}"
     )
     yield (
         f"FLOPs per image and training step: LTE {_size(plan.flops, '')}, full-rank {_size(plan.full_rank_flops, '')} "

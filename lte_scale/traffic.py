@@ -9,21 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from lte_scale.arrangement import FP32, Arrangement, Path
-from lte_scale.collectives import Scope, all_gather_bytes, all_reduce_bytes, reduce_scatter_bytes
-from lte_scale.cost import Layer
+from lte_scale.arrangement import FP32, Arrangement, Bucket
+from lte_scale.collectives import Scope, all_gather_bytes, all_reduce_bytes, all_to_all_bytes, reduce_scatter_bytes
 from lte_scale.topology import Topology
 
 Traffic = Counter[tuple[Scope, str]]
 """Bytes sent by (scope, purpose), as `Collectives.bytes_sent` counts them."""
-
-
-def path_bytes(a: Arrangement, layer: Layer) -> dict[Path, int]:
-    """Bytes that leave a node in a global merge for one weight, on either path (docs/plan.md), padding aside."""
-    nodes = a.topology.nodes
-    factor = (nodes - 1) * a.merges_sent * a.topology.heads_per_node * layer.factor_values
-    dense = (2 if a.config.base.scope == "node" else 1) * (nodes - 1) * layer.values // nodes
-    return {"factor": FP32 * factor, "dense": FP32 * dense}
 
 
 class Links:
@@ -52,6 +43,9 @@ class Links:
 
     def reduce_scatter(self, group: Sequence[int], purpose: str, message_bytes: int) -> None:
         self._send(group, purpose, reduce_scatter_bytes(len(group), message_bytes))
+
+    def all_to_all(self, group: Sequence[int], purpose: str, message_bytes: int) -> None:
+        self._send(group, purpose, all_to_all_bytes(len(group), message_bytes))
 
     def all_gather(self, group: Sequence[int], purpose: str, part_bytes: int) -> None:
         self._send(group, purpose, all_gather_bytes(len(group), part_bytes))
@@ -84,25 +78,43 @@ def merge_traffic(a: Arrangement, rank: int, *, everywhere: bool) -> Traffic:
     """A merge of the heads of a node, or (`everywhere`) of all nodes; purposes as in `merge` and `replicas`."""
     links, t = Links(a.topology, rank), a.topology
     for bucket in a.buckets:
-        part = FP32 * t.heads_per_rank * a.head_part(bucket)
         if everywhere and bucket.path == "factor":
-            part *= a.merges_sent
+            of_head = sum(codec.size(n) for codec, n in zip(a.factor_codecs, a.head_parts(bucket), strict=True))
+            part = a.merges_sent * t.heads_per_rank * of_head
             links.all_gather(links.peers, "merge_factor", part)
             links.all_gather(links.node, "merge_factor", part * t.nodes)
         else:
-            links.all_gather(links.node, "merge_factor", part)
-        if everywhere and bucket.path == "dense" and a.spread:
-            links.reduce_scatter(links.peers, "merge_dense", FP32 * t.nodes * a.padded_parts(bucket, rank))
-        elif everywhere and bucket.path == "dense":
-            links.all_reduce(links.peers, "merge_dense", FP32 * a.formed(bucket, rank))
+            links.all_gather(links.node, "merge_factor", FP32 * t.heads_per_rank * sum(a.head_parts(bucket)))
+        if everywhere and bucket.path == "dense":
+            _dense_traffic(a, links, bucket)
         if everywhere and a.refined:
-            links.all_gather(links.peers, "merge_refresh", FP32 * a.padded_parts(bucket, rank))
-    part = FP32 * -(-a.shapes.replica_values // t.ranks_per_node)
-    links.reduce_scatter(links.node, "merge_replica", part * t.ranks_per_node)
-    if everywhere:
-        links.all_reduce(links.peers, "merge_replica", part)
-    links.all_gather(links.node, "merge_replica", part)
+            links.all_gather(links.peers, "merge_refresh", a.codec.size(a.padded_parts(bucket, rank)))
+    values = -(-a.shapes.replica_values // t.ranks_per_node)
+    links.reduce_scatter(links.node, "merge_replica", FP32 * values * t.ranks_per_node)
+    if everywhere and a.codec.exact:
+        links.all_reduce(links.peers, "merge_replica", FP32 * values)
+    elif everywhere:
+        _mean_traffic(a, links, "merge_replica", -(-values // t.nodes), shared=True)
+    links.all_gather(links.node, "merge_replica", FP32 * values)
     return links.sent
+
+
+def _dense_traffic(a: Arrangement, links: Links, bucket: Bucket) -> None:
+    rank = links.topology.rank
+    if not a.codec.exact:
+        _mean_traffic(a, links, "merge_dense", a.padded_parts(bucket, rank), shared=not a.spread)
+    elif a.spread:
+        links.reduce_scatter(links.peers, "merge_dense", FP32 * a.topology.nodes * a.padded_parts(bucket, rank))
+    else:
+        links.all_reduce(links.peers, "merge_dense", FP32 * a.formed(bucket, rank))
+
+
+def _mean_traffic(a: Arrangement, links: Links, purpose: str, values: int, *, shared: bool) -> None:
+    """`feedback.MeanWithFeedback` of rows of so many values."""
+    part = a.codec.size(values)
+    links.all_to_all(links.peers, purpose, part * a.topology.nodes)
+    if shared:
+        links.all_gather(links.peers, purpose, part)
 
 
 def run_traffic(a: Arrangement, rank: int, steps: int) -> Traffic:

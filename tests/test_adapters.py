@@ -21,7 +21,7 @@ from lte_scale.config.schema import (
     ModelConfig,
     TrainConfig,
 )
-from lte_scale.exchange import product
+from lte_scale.exchange import Factors, product
 from lte_scale.merge import Merger
 from lte_scale.model import Heads, attach, build
 from lte_scale.topology import Topology
@@ -238,12 +238,10 @@ class LargestAllocation(TorchDispatchMode):
 
 def test_a_part_of_the_product_costs_that_part() -> None:
     out, into, rank, heads = 256, 128, 2, 3
-    factors = torch.randn(heads, rank * (out + into))
+    A, B = torch.randn(heads, rank, into), torch.randn(heads, out, rank)
     with LargestAllocation() as largest:
-        (part,) = product(factors, 0, (out, into), rank, [(1000, 5000)], 0.5)
+        (part,) = product(Factors(A.flatten(1), B.flatten(1)), (out, into), rank, [(1000, 5000)], 0.5)
     assert largest.numel <= 33 * into  # rows 7 ... 39 of 256
-    A = factors[:, : rank * into].view(heads, rank, into)
-    B = factors[:, rank * into :].view(heads, out, rank)
     torch.testing.assert_close(part, 0.5 * torch.bmm(B, A).sum(0).flatten()[1000:5000])
 
 

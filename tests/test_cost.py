@@ -24,7 +24,7 @@ from lte_scale.estimate import Plan, make_plan, path_rows
 from lte_scale.memory import memory
 from lte_scale.model import Heads, attach, build
 from lte_scale.topology import Topology
-from lte_scale.traffic import merge_traffic, of_node, path_bytes, run_traffic, step_traffic
+from lte_scale.traffic import merge_traffic, of_node, run_traffic, step_traffic
 from tests.reference import CLASSES, TINY
 
 VIT_L = Path(__file__).parent.parent / "configs" / "vit_l_64gpu.yaml"
@@ -160,7 +160,7 @@ def test_every_weight_is_owned_once(topology: Topology, scope: str, gather: str)
 
 def test_auto_takes_the_path_with_fewer_bytes() -> None:
     a = arrangement(LAYERS, Topology(nodes=2, ranks_per_node=2, heads_per_node=2))
-    sent = {name: path_bytes(a, layer) for name, layer in LAYERS.items()}
+    sent = {name: a.path_bytes(layer) for name, layer in LAYERS.items()}
     assert a.paths == {name: min(bytes_of, key=lambda path: bytes_of[path]) for name, bytes_of in sent.items()}
     assert set(a.paths.values()) == {"factor", "dense"}
     assert sent["blocks.0.a"] == {"factor": 4 * 1 * 2 * 2 * (64 + 32), "dense": 4 * 2 * 1 * 64 * 32 // 2}

@@ -38,8 +38,11 @@ LAYERS: dict[int, set[str]] = {
 PARTS = {
     "merge": {"contents"},  # of a checkpoint: the masters
     "contents": {"checkpoint"},
-    "arrangement": {"merge", "traffic", "memory", "baselines"},
+    "arrangement": {"merge", "dense", "traffic", "memory", "baselines"},
+    "codec": {"arrangement", "exchange", "feedback", "replicas", "merge"},
+    "dense": {"merge"},
     "exchange": {"merge", "health"},
+    "feedback": {"dense", "replicas"},
     "outer": {"merge", "replicas"},
     "replicas": {"merge"},
     "traffic": {"memory", "baselines"},

@@ -123,6 +123,12 @@ class MergeConfig:
         "factor: exchange A and B between nodes; dense: reduce their product; auto: per layer, what sends fewer bytes.",
         one_of=("auto", "factor", "dense"),
     )
+    precision: str = option(
+        "fp32",
+        "What crosses between nodes at a global merge: fp32, bf16, or int8 or int4 with a scale for 64 values. What a "
+        "message misses goes with a later one. On the factor path under `reset` A stays fp32.",
+        one_of=("fp32", "bf16", "int8", "int4"),
+    )
     outer: str = option("average", "Outer optimizer over a window's change.", one_of=("average", "nesterov"))
     outer_lr: float = option(1.0, "Learning rate of the Nesterov outer optimizer.", above=0)
     outer_momentum: float = option(0.9, "Momentum of the Nesterov outer optimizer.", least=0, most=0.9999)

@@ -23,6 +23,7 @@ from lte_scale.checkpoint import check_writable
 from lte_scale.config.schema import Config
 from lte_scale.cost import shapes_of
 from lte_scale.index import ShardIndex, open_index
+from lte_scale.memory import unsent_values
 from lte_scale.model import attach, build
 from lte_scale.preflight.place import Place, first_line
 from lte_scale.reading import shard_samples
@@ -87,13 +88,14 @@ def checkpoint_bytes(config: Config, topology: Topology) -> int:
     a = Arrangement(shapes_of(heads), topology, config)
     shapes = a.shapes
     masters = 1 + (config.merge.outer == "nesterov") + (config.train.ema_decay > 0)
-    by_node = topology.nodes + a.resetless if a.two_level else 0
+    by_node = topology.nodes + a.resetless if a.two_level else int(a.followed)
     weights = (masters + by_node) * sum(layer.values for layer in shapes.layers.values())
     earlier = sum(layer.factor_values for name, layer in shapes.layers.items() if a.paths[name] == "factor")
     # Parameters with AdamW's two moments.
     of_head = 3 * shapes.trainable_values + (shapes.factor_values if a.resetless else 0)
     of_head += (a.merges_sent - 1) * earlier
-    return FP32 * (weights + masters * shapes.replica_values + topology.heads * of_head)
+    unsent = topology.world_size * unsent_values(a, 0)
+    return FP32 * (weights + masters * shapes.replica_values + topology.heads * of_head + unsent)
 
 
 def uses_gpus(config: Config, gpus: int) -> bool:

@@ -39,13 +39,14 @@ def configuration(
     local_every: int = 0,
     bucket_mb: float = 64.0,
     precision: str = "fp32",
+    sent: str = "fp32",
 ) -> Config:
     return Config(
         model=TINY,
         adapters=AdaptersConfig(rank=2, alpha=4.0, mode=mode),
         topology=TopologyConfig(heads_per_node=heads),
         base=BaseConfig(scope=scope, gather=gather),
-        merge=MergeConfig(every=EVERY, local_every=local_every, path=path, bucket_mb=bucket_mb),
+        merge=MergeConfig(every=EVERY, local_every=local_every, path=path, bucket_mb=bucket_mb, precision=sent),
         train=TrainConfig(precision=precision),
     )
 
@@ -86,6 +87,33 @@ def test_bytes_equal_plan_with_local_merges(pool4: Any, heads: int, gather: str,
     assert_equal(pool4, configuration(heads=heads, gather=gather, mode=mode, path=path, local_every=2))
 
 
+@pytest.mark.parametrize("sent", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize(("scope", "gather", "local_every"), [*((*base, 0) for base in BASES), ("node", "pass", 2)])
+@pytest.mark.parametrize("path", ["factor", "dense"])
+def test_bytes_equal_plan_in_few_bits(
+    pool4: Any, sent: str, scope: str, gather: str, local_every: int, path: str
+) -> None:
+    for heads, mode in ((1, "resetless"), (2, "reset")) if path == "factor" else ((4, "reset"),):
+        config = configuration(
+            heads=heads, scope=scope, gather=gather, mode=mode, path=path, local_every=local_every, sent=sent
+        )
+        assert_equal(pool4, config)
+
+
+@pytest.mark.parametrize(("sent", "ratio"), [("bf16", 2.0), ("int8", 3.8), ("int4", 7.3)])
+@pytest.mark.parametrize("path", ["factor", "dense"])
+def test_few_bits_are_fewer_bytes_between_nodes(sent: str, ratio: float, path: str) -> None:
+    """Of a window with every part of a merge; the scales of blocks and the last block's room take a little."""
+    whole, small = (
+        run_traffic(
+            arrangement(configuration(mode="resetless", gather="node", scope="global", path=path, sent=s)), 0, 4
+        )
+        for s in ("fp32", sent)
+    )
+    of = [sum(n for (scope, _), n in traffic.items() if scope == "inter_node") for traffic in (whole, small)]
+    assert of[0] / of[1] == pytest.approx(ratio, rel=0.05)
+
+
 @pytest.mark.parametrize("scope", ["node", "global"])
 def test_bytes_equal_plan_in_small_messages_on_mixed_paths(pool4: Any, scope: str) -> None:
     config = configuration(scope=scope, bucket_mb=0.004)
@@ -110,6 +138,7 @@ def held(rank: int, config: Config) -> dict[str, int]:
     layers = run.heads.linears.values()
     with merger.editable() as shards:
         compute = list(shards.values()) if merger.arrangement.separate else []
+    feedbacks = [*merger.dense.feedback.values(), merger.replicas.feedback]
     kept: dict[str, list[Tensor | None]] = {
         "master": [t for outer in outers for t in outer.masters.values()],
         "momentum": [t for outer in outers for t in outer.momenta.values()],
@@ -121,6 +150,7 @@ def held(rank: int, config: Config) -> dict[str, int]:
         "gradients": [parameter.grad for parameter in parameters],
         "optimizer_state": [t for parameter in parameters for t in run.optimizer.moments(parameter).values()],
         "merge_history": [*history],
+        "unsent": [t for f in feedbacks if f is not None for t in (f.unsent, f.unshared)],
     }
     return {name: sum(t.nbytes for t in tensors if t is not None) for name, tensors in kept.items()}
 
@@ -137,6 +167,18 @@ def test_memory_equals_plan(
     config = configuration(heads=heads, scope=scope, gather=gather, mode=mode, path=path, local_every=local_every)
     config = replace(config, merge=replace(config.merge, outer="nesterov"))
     planned = memory(arrangement(config), activations=0)
+    found = pool4.run(held, config, ranks_per_node=RANKS)[0]
+    assert found == {name: getattr(planned, name) for name in found}
+
+
+@pytest.mark.parametrize(("scope", "gather"), BASES[:4])
+@pytest.mark.parametrize("path", ["factor", "dense"])
+def test_memory_equals_plan_in_few_bits(pool4: Any, scope: str, gather: str, path: str) -> None:
+    config = configuration(
+        heads=1, scope=scope, gather=gather, mode="resetless", path=path, sent="int8", bucket_mb=0.004
+    )
+    planned = memory(arrangement(config), activations=0)
+    assert planned.unsent > 0
     found = pool4.run(held, config, ranks_per_node=RANKS)[0]
     assert found == {name: getattr(planned, name) for name in found}
 

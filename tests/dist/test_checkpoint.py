@@ -34,6 +34,9 @@ def everything(run: Run) -> dict[str, Tensor]:
     found |= {f"momentum/{name}": value.clone() for name, value in run.merger.outer.momenta.items()}
     found |= {f"average/{name}": value.clone() for name, value in run.merger.outer.averages.items()}
     found |= {f"replica/{name}": value.clone() for name, value in run.merger.replicas.outer.masters.items()}
+    found |= {f"unsent/{name}": value.clone() for name, value in run.merger.dense.unsent().items()}
+    if (feedback := run.merger.replicas.feedback) is not None:
+        found |= {"unsent": feedback.unsent.clone(), "unshared": feedback.unshared.clone()}
     for name, parameter in run.heads.parameters().items():
         found |= {f"{name}/{kind}": value.clone() for kind, value in run.optimizer.moments(parameter).items()}
     return found
@@ -76,6 +79,10 @@ def with_average(config: Config) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, ema_decay=0.5))
 
 
+def in_precision(precision: str, config: Config) -> Config:
+    return dataclasses.replace(config, merge=dataclasses.replace(config.merge, precision=precision))
+
+
 CASES = [
     *itertools.product(["reset", "resetless"], [1, 2, 4], [PLACES[0]], ["factor"], [2], ["nesterov"]),
     *itertools.product(["reset", "resetless"], [1, 2], [PLACES[0]], ["dense"], [2], ["average"]),
@@ -87,7 +94,25 @@ CASES = [
 def test_resumed_is_uninterrupted_bit_for_bit(
     pool4: DistributedPool, tmp_path: Path, case: tuple[str, int, tuple[str, str], str, int, str]
 ) -> None:
-    config = with_average(configuration(*case, every=4))
+    assert_resumed_is_uninterrupted(pool4, tmp_path, with_average(configuration(*case, every=4)))
+
+
+@pytest.mark.parametrize("mode", ["reset", "resetless"])
+@pytest.mark.parametrize(("heads", "place", "path", "local_every"), [
+    (1, PLACES[0], "factor", 2),
+    (2, PLACES[0], "dense", 2),
+    (1, PLACES[3], "factor", 0),
+    (2, PLACES[3], "dense", 0),
+    (2, PLACES[2], "dense", 0),
+])  # fmt: skip
+def test_resumed_in_few_bits_is_uninterrupted_bit_for_bit(
+    pool4: DistributedPool, tmp_path: Path, mode: str, heads: int, place: tuple[str, str], path: str, local_every: int
+) -> None:
+    config = in_precision("int4", configuration(mode, heads, place, path, local_every, "nesterov", every=4))
+    assert_resumed_is_uninterrupted(pool4, tmp_path, with_average(config))
+
+
+def assert_resumed_is_uninterrupted(pool4: DistributedPool, tmp_path: Path, config: Config) -> None:
     ended = pool4.run(save, config, str(tmp_path), True)
     resumed = pool4.run(load, config, str(tmp_path))
     for rank, (whole, (tensors, state, positions)) in enumerate(zip(ended, resumed, strict=True)):
@@ -131,6 +156,20 @@ def test_another_number_of_ranks_loads_the_same_base(
     outcomes = pool4.run(masters_after_load, other, str(tmp_path), world_size=world, ranks_per_node=per_node)
     after = joined(outcomes)
     assert before.keys() == after.keys()
+    for name, values in before.items():
+        assert torch.equal(values, after[name]), name
+
+
+@pytest.mark.parametrize("place", [PLACES[0], PLACES[3]])
+def test_in_few_bits_too_another_number_of_nodes_loads_the_same_base(
+    pool4: DistributedPool, tmp_path: Path, place: tuple[str, str]
+) -> None:
+    """What the two nodes had not sent yet means nothing to four, and is dropped."""
+    config = in_precision("int8", configuration("reset", 2, place, "dense", 0, "nesterov"))
+    pool4.run(save, config, str(tmp_path), False)
+    before = joined(pool4.run(masters_after_load, config, str(tmp_path)))
+    other = in_precision("int8", configuration("reset", 1, place, "dense", 0, "nesterov"))
+    after = joined(pool4.run(masters_after_load, other, str(tmp_path), ranks_per_node=1))
     for name, values in before.items():
         assert torch.equal(values, after[name]), name
 

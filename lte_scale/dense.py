@@ -1,0 +1,85 @@
+"""The dense path: the mean over nodes of the change of every weight, each rank reducing the rows it forms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lte_scale.arrangement import Arrangement, Bucket, Ownership, length
+from lte_scale.collectives import Collectives
+from lte_scale.feedback import MeanWithFeedback
+
+
+class DenseExchange:
+    """Reduces the changes of a bucket over the peers.
+
+    Attributes:
+        feedback: what the messages of a bucket have missed so far; empty in fp32.
+    """
+
+    def __init__(
+        self,
+        arrangement: Arrangement,
+        collectives: Collectives,
+        ownership: Mapping[str, Ownership],
+        device: torch.device,
+    ) -> None:
+        self.arrangement, self.collectives = arrangement, collectives
+        self.parts = {name: arrangement.exchanged(own) for name, own in ownership.items()}
+        self.feedback: dict[Bucket, MeanWithFeedback] = {}
+        codec, shared = arrangement.codec, not arrangement.spread
+        for bucket in arrangement.buckets if not codec.exact else ():
+            if bucket.path == "dense":
+                size = sum(map(self._width, bucket.names))
+                self.feedback[bucket] = MeanWithFeedback(
+                    codec, collectives, "merge_dense", size, shared=shared, device=device
+                )
+
+    def mean(self, bucket: Bucket, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The mean of the nodes' changes [elements formed] on the part this rank owns."""
+        nodes, peers = self.collectives.topology.nodes, self.collectives.peers
+        if self.arrangement.codec.exact and not self.arrangement.spread:
+            total = self.collectives.all_reduce(joined(list(changes.values())), peers, "merge_dense")
+            sizes = [change.numel() for change in changes.values()]
+            return dict(zip(changes, (total / nodes).split(sizes), strict=True))
+        rows = torch.cat([self._rows(name, change) for name, change in changes.items()], 1)
+        if self.arrangement.codec.exact:
+            mean = self.collectives.reduce_scatter(rows, peers, "merge_dense") / nodes
+        else:
+            mean = self.feedback[bucket].mean(rows)
+        own = mean.split([self._width(name) for name in changes], -1)
+        if not self.arrangement.spread:
+            return {name: self._whole(name, part) for name, part in zip(changes, own, strict=True)}
+        node = self.collectives.topology.node
+        return {name: part[: length(self.parts[name][node])] for name, part in zip(changes, own, strict=True)}
+
+    def _width(self, name: str) -> int:
+        return max(map(length, self.parts[name]))
+
+    def _rows(self, name: str, change: Tensor) -> Tensor:
+        """The parts of one weight as rows of equal length [K, c]."""
+        rows = change.new_zeros(len(self.parts[name]), self._width(name))
+        for row, part in zip(rows, change.split([length(p) for p in self.parts[name]]), strict=True):
+            row[: part.numel()] = part
+        return rows
+
+    def _whole(self, name: str, rows: Tensor) -> Tensor:
+        return joined([row[: length(part)] for row, part in zip(rows, self.parts[name], strict=True)])
+
+    def unsent(self) -> dict[str, Tensor]:
+        """What the messages of every weight have missed so far, as `LAYER/sent` and `LAYER/shared`: views."""
+        found = {}
+        for bucket, feedback in self.feedback.items():
+            widths = [self._width(name) for name in bucket.names]
+            for name, part in zip(bucket.names, feedback.unsent.split(widths, 1), strict=True):
+                found[f"{name}/sent"] = part
+            if feedback.shared:
+                for name, part in zip(bucket.names, feedback.unshared.split(widths), strict=True):
+                    found[f"{name}/shared"] = part
+        return found
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
