@@ -134,7 +134,9 @@ def assert_conserved(accounts: list[Account]) -> None:
         for account in accounts:
             start, moved, _ = account.masters[name]
             mine = slice(start, start + len(moved))
-            torch.testing.assert_close(moved, (learned - missing)[mine], rtol=1e-5, atol=1e-5 * learned.abs().max())
+            torch.testing.assert_close(
+                moved, (learned - missing)[mine], rtol=1e-5, atol=1e-5 * learned.abs().max().item()
+            )
     learned = torch.stack([named["replicas"] for named in given.values()]).mean(0)
     missing = torch.stack([account.unsent_replicas for account in accounts]).sum(0)
     for account in accounts:
