@@ -45,7 +45,7 @@ class DistributedPool:
         *args: Any,
         ranks_per_node: int = 2,
         world_size: int | None = None,
-        timeout: float = 60.0,
+        timeout: float = 150.0,
     ) -> list[Any]:
         """`function(rank, *args)` on every rank; its results by rank.
 
@@ -143,7 +143,7 @@ def _run(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(job["port"]),
     )
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     dist.barrier()  # a function that ends at once would close connections that others still make
     try:
         return None, function(rank, *args)
