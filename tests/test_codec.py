@@ -87,6 +87,7 @@ def test_fp32_is_the_same_bits() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", LOSSY)
 def test_a_gpu_makes_messages_that_decode_alike(precision: str) -> None:
     codec, given_ = Codec(precision), values((3, 1000), 0, 1.0)

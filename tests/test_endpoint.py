@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from lte_scale.collectives import Collectives
@@ -294,3 +295,15 @@ def test_a_gateway_that_does_not_answer_is_one_warning(
     endpoint._pusher._ended.wait(0.2)  # type: ignore[union-attr]
     endpoint.close()
     assert caplog.text.count("metrics.pushgateway: http://127.0.0.1:9 does not answer") == 1
+
+
+def test_metrics_of_others_in_this_process_stay_theirs(serve: Callable[..., Any]) -> None:
+    endpoint, instruments = serve()
+    instruments.count("lte_images_total", 3)
+    theirs = Counter("theirs", "Of another library.", ["kind"], registry=CollectorRegistry())
+    theirs.labels("any").inc(2)
+    instruments.count("lte_skipped_steps_total", 1, "0")
+    assert not any("theirs" in name for name, _ in read(endpoint.url))
+    endpoint.close()
+    theirs.labels("other").inc()
+    assert [s.value for family in theirs.collect() for s in family.samples if s.name == "theirs_total"] == [2, 1]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import prometheus_client
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, values
 
 from lte_scale.metrics.catalogue import METRICS, PHASES, SECONDS, STEP_PHASES
 
+_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _TYPES = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
 
 
@@ -25,10 +27,8 @@ class Instruments:
     """
 
     def __init__(self, directory: Path, *, node: int, local_rank: int) -> None:
-        self.node, self.local_rank = str(node), str(local_rank)
-        # The library reads both when a metric is made; by its variable alone it would have to be set before its import.
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
-        prometheus_client.values.ValueClass = prometheus_client.values.MultiProcessValue()  # type: ignore[attr-defined]
+        self.node, self.local_rank, self.directory = str(node), str(local_rank), str(directory)
+        self._values = values.MultiProcessValue()
         self._metrics = {name: self._make(name) for name in METRICS}
         self._child = cache(self._labelled)
         self._begin()
@@ -42,8 +42,23 @@ class Instruments:
             options["buckets"] = SECONDS
         return _TYPES[metric.kind](name, metric.help, ["node", *metric.labels], registry=None, **options)
 
-    def _labelled(self, name: str, values: tuple[str, ...]) -> Any:
-        return self._metrics[name].labels(self.node, *values)
+    def _labelled(self, name: str, labels: tuple[str, ...]) -> Any:
+        with self._in_files():
+            return self._metrics[name].labels(self.node, *labels)
+
+    @contextmanager
+    def _in_files(self) -> Iterator[None]:
+        """Within: what is made of metrics is kept in files. Others of this process, not ours, stay in its memory."""
+        before, variable = values.ValueClass, os.environ.get(_VARIABLE)
+        values.ValueClass, os.environ[_VARIABLE] = self._values, self.directory  # type: ignore[misc, assignment]
+        try:
+            yield
+        finally:
+            values.ValueClass = before  # type: ignore[misc]
+            if variable is None:
+                del os.environ[_VARIABLE]
+            else:
+                os.environ[_VARIABLE] = variable
 
     def _begin(self) -> None:
         """A counter that is there from the start lets rate() see its first increase."""
