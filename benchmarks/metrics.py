@@ -4,6 +4,8 @@
     benchmarks/metrics.py                                                   1 node x 2 ranks on this machine's CPU
     benchmarks/metrics.py --device cuda --ranks-per-node 1 --model vit_large_patch16_224 --batch-size 64
 
+    benchmarks/metrics.py --alone                                           the calls themselves, without a model
+
 Blocks alternate in one run: with, without, without again. The ratio of the first two is the cost, that of the last two
 is the noise of the machine. Writes benchmarks/results/metrics_DEVICE.json and prints a table.
 """
@@ -99,6 +101,47 @@ def work(arguments: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
+def alone() -> None:
+    """Microseconds per step of everything that metrics do in it, with an endpoint and a record every 10 steps."""
+    from types import SimpleNamespace
+
+    from lte_scale.collectives import Collectives
+    from lte_scale.config import load_config
+    from lte_scale.recorder import Recorder
+    from lte_scale.state import Schedule, TrainState
+    from lte_scale.timing import Stopwatch
+    from lte_scale.topology import Topology
+
+    cpu, loss = torch.device("cpu"), torch.ones(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    topology = Topology()
+    merger: Any = SimpleNamespace(
+        heads=SimpleNamespace(ids=topology.my_heads, linears={"layer": torch.nn.Identity()}),
+        arrangement=SimpleNamespace(shapes=SimpleNamespace(values=1000)),
+        clock=Stopwatch(cpu),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_config(None, [f"run_dir={folder}", "metrics.port=19464"])
+        schedule = Schedule.of(config, 1000, 1)
+        recorder = Recorder(config, Collectives(topology), schedule, merger, device=cpu, flops_per_image=1)
+        state, blocks = TrainState(), []
+        recorder.resume(state)
+        for _ in range(60):
+            began = time.perf_counter()
+            for _ in range(BLOCK):
+                for phase in ("data_wait", "forward", "backward", "optimizer"):
+                    with recorder.clock(phase):
+                        pass
+                recorder.interval.add(loss, loss, loss, 32)
+                state.step += 1
+                recorder.stepped(state.step)
+            recorder.record(state, 1e-3, everywhere=False)
+            blocks.append((time.perf_counter() - began) / BLOCK)
+        recorder.close()
+    print(f"{1e6 * statistics.median(blocks):.0f} microseconds per step")
+    dist.destroy_process_group()
+
+
 def _synchronise(device: torch.device) -> None:
     dist.barrier()
     if device.type == "cuda":
@@ -142,12 +185,16 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--arguments", default="")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--alone", action="store_true", help="time the calls themselves, without a model")
     for name in ("--data", "--out"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
         work(arguments)
+        return
+    if arguments.alone:
+        alone()
         return
     small = "{patch_size: 2, embed_dim: 64, depth: 3, num_heads: 4}"
     demo = ["--model", "vit_tiny_patch16_224", "--image-size", "8", "--arguments", small, "--batch-size", "32"]
