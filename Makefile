@@ -45,7 +45,7 @@ test-slurm: venv
 	(export PATH=$$PATH:/usr/sbin; for tool in munged slurmctld slurmd sbatch ip tc; do command -v $$tool >/dev/null || exit 1; done) || \
 	    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
 	        slurm-wlm slurmctld slurmd slurm-client munge iproute2; } </dev/null
-	$(BIN)/python -m pytest -m slurm --timeout 600
+	$(BIN)/python -m pytest -m slurm --timeout 900
 
 test-docker: venv
 	(for tool in mmdebstrap unshare nsenter ip promtool; do command -v $$tool >/dev/null || exit 1; done) || \

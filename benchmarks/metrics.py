@@ -63,6 +63,7 @@ def work(arguments: argparse.Namespace) -> None:
         None,
         [
             *[f"data.train={arguments.data}", f"run_dir={arguments.out}", "metrics.port=19464", "model.channels=1"],
+            "watchdog.seconds=0",  # blocks without metrics do not tell it of their steps
             *[f"model.name={arguments.model}", f"model.image_size={arguments.image_size}"],
             *[f"train.batch_size={arguments.batch_size}", "train.duration=1000000", "data.workers=0"],
             *([f"model.arguments={arguments.arguments}"] if arguments.arguments else []),
@@ -123,7 +124,7 @@ def alone() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(None, [f"run_dir={folder}", "metrics.port=19464"])
         schedule = Schedule.of(config, 1000, 1)
-        recorder = Recorder(config, Collectives(topology), schedule, merger, device=cpu, flops_per_image=1)
+        recorder = Recorder(config, Collectives(topology), schedule, merger, device=cpu, flops_per_image=lambda: 1)
         state, blocks = TrainState(), []
         recorder.resume(state)
         for _ in range(60):

@@ -59,9 +59,9 @@ class HeadHealth:
             ranks, ratios = [], []
             for name in self.layers:
                 A_hRI, B_hOR = self._factors(name)
-                products = gram(A_hRI, B_hOR) * self.heads.linears[name].scale ** 2
-                inner = inner + products
-                rank = effective_rank(A_hRI, B_hOR)
+                AA_SS, BB_SS = grams(A_hRI, B_hOR)
+                inner = inner + inner_products(AA_SS, BB_SS, len(A_hRI)) * self.heads.linears[name].scale ** 2
+                rank = effective_rank(AA_SS, BB_SS)
                 reachable = min(A_hRI.shape[0] * A_hRI.shape[1], A_hRI.shape[2], B_hOR.shape[1])
                 ranks.append(rank)
                 ratios.append(rank / reachable)
@@ -93,19 +93,22 @@ class HeadHealth:
         return torch.cat((A, A_prev), 1), torch.cat((B, -B_prev), 2)
 
 
-def gram(A_hRI: Tensor, B_hOR: Tensor) -> Tensor:
-    """Inner products of the heads' B A [h, h]."""
+def grams(A_hRI: Tensor, B_hOR: Tensor) -> tuple[Tensor, Tensor]:
+    """Inner products of all heads' rows of A, and of their columns of B [hR, hR]."""
     heads, rank, into = A_hRI.shape
     A_SI = A_hRI.reshape(heads * rank, into)
     B_OS = B_hOR.transpose(0, 1).reshape(-1, heads * rank)
-    return ((A_SI @ A_SI.T) * (B_OS.T @ B_OS)).view(heads, rank, heads, rank).sum((1, 3))
+    return A_SI @ A_SI.T, B_OS.T @ B_OS
 
 
-def effective_rank(A_hRI: Tensor, B_hOR: Tensor) -> float:
+def inner_products(AA_SS: Tensor, BB_SS: Tensor, heads: int) -> Tensor:
+    """Of the heads' B A [h, h]."""
+    rank = len(AA_SS) // heads
+    return (AA_SS * BB_SS).view(heads, rank, heads, rank).sum((1, 3))
+
+
+def effective_rank(AA_SS: Tensor, BB_SS: Tensor) -> float:
     """Of the sum of the heads' B A; 0 if it is zero."""
-    heads, rank, into = A_hRI.shape
-    A_SI = A_hRI.reshape(heads * rank, into)
-    B_OS = B_hOR.transpose(0, 1).reshape(-1, heads * rank)
-    M_SS = (A_SI @ A_SI.T) @ (B_OS.T @ B_OS)  # its eigenvalues are the squared singular values
+    M_SS = AA_SS @ BB_SS  # its eigenvalues are the squared singular values
     fourth = (M_SS * M_SS.T).sum().item()
     return M_SS.trace().item() ** 2 / fourth if fourth > 0 else 0.0

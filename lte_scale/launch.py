@@ -24,7 +24,6 @@ from lte_scale.config.deepspeed import settings
 from lte_scale.config.schema import Config
 from lte_scale.engines.deepspeed import check_installed
 from lte_scale.metrics import writers
-from lte_scale.precision import with_precision
 from lte_scale.topology import Topology, from_environment
 from lte_scale.trainer import Trainer, TrainingError
 
@@ -73,7 +72,6 @@ def train(config: Config, topology: Topology, device: torch.device) -> int:
     run_dir = Path(config.run_dir)
     try:
         logs.setup(topology.rank, run_dir, node=topology.node)
-        config = with_precision(config, device)
         collectives = Collectives(topology, timeout_seconds=timeout.total_seconds(), device=device)
         with ExitStack() as stack:
             try:
@@ -86,6 +84,7 @@ def train(config: Config, topology: Topology, device: torch.device) -> int:
                     raise
                 return REFUSED
             if topology.rank == 0:
+                config = trainer.config
                 (run_dir / "config.yaml").write_text(dump(config))
                 if config.engine.name == "deepspeed":
                     (run_dir / "deepspeed.json").write_text(json.dumps(settings(config, topology), indent=2) + "\n")
@@ -143,6 +142,5 @@ def _announce(config: Config, topology: Topology, device: torch.device) -> None:
     logs.log.info(
         "%s on %d nodes x %d ranks (%s, %s): %d heads of rank %d, engine %s, base in scope %s, gathered per %s",
         config.model.name, topology.nodes, topology.ranks_per_node, device.type, config.train.precision,
-        topology.heads,
-        config.adapters.rank, config.engine.name, config.base.scope, config.base.gather,
+        topology.heads, config.adapters.rank, config.engine.name, config.base.scope, config.base.gather,
     )  # fmt: skip

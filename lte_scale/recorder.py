@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lte_scale.health import HeadHealth, Health
 from lte_scale.log import progress
 from lte_scale.merge import Merger
 from lte_scale.metrics.accelerators import memory_bytes, peak_tflops
-from lte_scale.metrics.board import Board, Laps, Marks
+from lte_scale.metrics.board import Laps, Marks, open_board
 from lte_scale.metrics.catalogue import PHASES
 from lte_scale.metrics.record import JsonlWriter, Record, format_progress, format_summary
 from lte_scale.metrics.writers import Writer, build_writers
@@ -89,10 +89,10 @@ class Recorder:
         merger: Merger,
         *,
         device: torch.device,
-        flops_per_image: int,
+        flops_per_image: Callable[[], int],
     ) -> None:
         self.config, self.collectives, self.schedule, self.merger = config.metrics, collectives, schedule, merger
-        self.device, self.flops_per_image = device, flops_per_image
+        self.device = device
         topology, run_dir = collectives.topology, Path(config.run_dir)
         self.clock: Stopwatch[str] = Stopwatch(device)
         self.interval = Interval(topology.heads_per_rank, device)
@@ -109,7 +109,9 @@ class Recorder:
         self.full_rank = ddp_traffic(merger.arrangement.shapes.values, topology)["inter_node"]
         self.board = None
         if self.config.port:
-            self.board = Board(config, collectives, device, accelerator=name, peak_flops=self.peak_flops)
+            self.board = open_board(config, collectives, device, accelerator=name, peak_flops=self.peak_flops)
+        # Counting takes a second or two: not where nothing shows it.
+        self.flops_per_image = flops_per_image() if self.peak_flops or self.board else 0
         self.resumed_bytes: Mapping[str, int] = {}
         self.started = time.perf_counter()
         self.started_step = 0

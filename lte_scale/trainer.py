@@ -24,6 +24,7 @@ from lte_scale.data import Batch, TrainStream, open_index
 from lte_scale.evaluate import Evaluator
 from lte_scale.initial import seed_of
 from lte_scale.log import log
+from lte_scale.precision import with_precision
 from lte_scale.preemption import Preemption
 from lte_scale.profiling import Profiler
 from lte_scale.recorder import Recorder
@@ -40,7 +41,7 @@ class Trainer:
     """One run of one configuration on this process's part of the world. A context manager."""
 
     def __init__(self, config: Config, collectives: Collectives, device: torch.device) -> None:
-        topology = collectives.topology
+        config, topology = with_precision(config, device), collectives.topology
         self.config, self.collectives, self.topology, self.device = config, collectives, topology, device
         index = open_index(config.data.train, allow_pipe=config.data.allow_pipe)
         classes = config.model.num_classes or index.num_classes
@@ -71,7 +72,7 @@ class Trainer:
             self.schedule,
             self.merger,
             device=device,
-            flops_per_image=flops_per_image(config, classes, topology),
+            flops_per_image=partial(flops_per_image, config, classes, topology),
         )
         self.clock, self.checkpoints.ended = self.recorder.clock, self.recorder.checkpointed
         self.profiler = Profiler(config.profile.steps, run_dir, collectives)

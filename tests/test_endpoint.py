@@ -10,6 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -26,11 +27,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lte_scale.collectives import Collectives
 from lte_scale.config.schema import Config, MetricsConfig
-from lte_scale.metrics.board import Board
+from lte_scale.metrics.board import open_board
 from lte_scale.metrics.catalogue import LABELS, METRICS, PHASES
 from lte_scale.metrics.endpoint import Endpoint, make_directory
 from lte_scale.metrics.instruments import Instruments
 from lte_scale.topology import Topology
+from tests.certificates import self_signed
 from tests.records import RECORD
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -135,8 +137,8 @@ def board(rank: int, run_dir: str) -> Samples:
     topology = Topology(heads_per_node=2)
     collectives = Collectives(topology)
     config = Config(run_dir=run_dir, metrics=MetricsConfig(port=18_400))
-    shown = Board(config, collectives, torch.device("cpu"), accelerator="cpu", peak_flops=1e12)
-    assert shown.endpoint is not None
+    shown = open_board(config, collectives, torch.device("cpu"), accelerator="cpu", peak_flops=1e12)
+    assert shown is not None and shown.endpoint is not None
     shown.started(5, 5000, 3)
     shown.stepped(6)
     collectives.bytes_sent["inter_node", "merge_dense"] = 1000
@@ -241,15 +243,6 @@ def test_a_password_and_a_certificate(serve: Callable[..., Any], tmp_path: Path)
             serve(**keys)
 
 
-def self_signed(folder: Path) -> Path:
-    path = folder / "certificate.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(folder / "key.pem"), "-out", str(path)]
-    subprocess.run(command, check=True, capture_output=True)
-    path.write_text(path.read_text() + (folder / "key.pem").read_text())
-    return path
-
-
 def test_no_directory_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -279,7 +272,7 @@ def test_pushes_and_takes_back(serve: Callable[..., Any], caplog: pytest.LogCapt
         )
         instruments.count("lte_images_total", 5)
         while not any(b'lte_images_total{node="1"} 5.0' in body for _, _, body in got):
-            pass
+            time.sleep(0.01)
         endpoint.close()
         server.shutdown()
     assert {path for _, path, _ in got} == {"/metrics/job/vit/node/1"}
@@ -291,7 +284,7 @@ def test_a_gateway_that_does_not_answer_is_one_warning(
 ) -> None:
     endpoint, _ = serve(pushgateway="http://127.0.0.1:9", push_seconds=0.02, port=18_320)
     while "does not answer" not in caplog.text:
-        pass
+        time.sleep(0.01)
     endpoint._pusher._ended.wait(0.2)  # type: ignore[union-attr]
     endpoint.close()
     assert caplog.text.count("metrics.pushgateway: http://127.0.0.1:9 does not answer") == 1

@@ -48,8 +48,8 @@ def test_what_we_count_is_what_the_kernel_counts(tmp_path: Path, overrides: list
     kernel, counted = train(tmp_path / "data", tmp_path / "run", *overrides)
     assert len(kernel) == 2
     assert counted > 10e6
-    # Headers, acknowledgements, start-up and the checkpoint's plans come on top: a few per cent and less than 1 MB.
-    assert counted < kernel[0] < 1.08 * counted + 1e6
+    # Headers and acknowledgements come on top, less than 2 %, and start-up with the checkpoint's plans, less than 1 MB.
+    assert counted < kernel[0] < 1.02 * counted + 1e6
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from lte_scale.report.style import THEMES
-from tests.test_report_page import full_run, make
+from tests.report_runs import full_run, make
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if os.environ.get("REQUIRE_CHROMIUM") == "1" and CHROMIUM is None:

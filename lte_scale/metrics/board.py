@@ -24,28 +24,46 @@ Laps = Mapping[int, Mapping[str, float]]
 """Seconds by phase of every step."""
 
 
-class Board:
-    """The instruments of this rank, and on the node's first rank its endpoint.
+def open_board(
+    config: Config, collectives: Collectives, device: torch.device, *, accelerator: str, peak_flops: float
+) -> Board | None:
+    """The board of this rank; None, said once per node, where the node has no room for its ranks' counts.
 
     Raises:
         ValueError: if the endpoint cannot listen.
     """
+    t, store = collectives.topology, dist.distributed_c10d._get_default_store()
+    key = f"lte/metrics/{t.node}"
+    if t.local_rank == 0:
+        store.set(key, str(make_directory() or ""))
+    found = store.get(key).decode()
+    if not found:
+        return None
+    return Board(config, collectives, device, Path(found), accelerator=accelerator, peak_flops=peak_flops)
+
+
+class Board:
+    """The instruments of this rank, and on the node's first rank its endpoint."""
 
     def __init__(
-        self, config: Config, collectives: Collectives, device: torch.device, *, accelerator: str, peak_flops: float
+        self,
+        config: Config,
+        collectives: Collectives,
+        device: torch.device,
+        directory: Path,
+        *,
+        accelerator: str,
+        peak_flops: float,
     ) -> None:
-        t, run_dir = collectives.topology, Path(config.run_dir)
+        t = collectives.topology
         self.config, self.collectives, self.topology, self.device = config, collectives, t, device
         self.first, self.rank = t.local_rank == 0, str(t.local_rank)
-        self.endpoint, self.instruments = None, None
         self._counted: dict[tuple[str, str], int] = {}
-        directory = make_directory() if self.first else None
-        directory = _told_in_node(directory, t.node, self.first)
-        if directory is None:
-            return
-        self.instruments = Instruments(directory, node=t.node, local_rank=t.local_rank)
+        instruments = Instruments(directory, node=t.node, local_rank=t.local_rank)
+        self.count, self.set, self.observe = instruments.count, instruments.set, instruments.observe
+        self.endpoint: Endpoint | None = None
         if self.first:
-            self.endpoint = Endpoint(config.metrics, directory, node=t.node, run_dir=run_dir)
+            self.endpoint = Endpoint(config.metrics, directory, node=t.node, run_dir=Path(config.run_dir))
             self._describe(accelerator, peak_flops)
 
     def _describe(self, accelerator: str, peak_flops: float) -> None:
@@ -64,18 +82,6 @@ class Board:
             self.count("lte_network_bytes_total", 0, scope, purpose)
         for result in ("written", "failed"):
             self.count("lte_checkpoints_total", 0, result)
-
-    def count(self, name: str, amount: float = 1, *labels: str) -> None:
-        if self.instruments is not None:
-            self.instruments.count(name, amount, *labels)
-
-    def set(self, name: str, value: float | None, *labels: str) -> None:
-        if self.instruments is not None:
-            self.instruments.set(name, value, *labels)
-
-    def observe(self, name: str, value: float, *labels: str) -> None:
-        if self.instruments is not None:
-            self.instruments.observe(name, value, *labels)
 
     def started(self, step: int, total: int, restarts: int) -> None:
         """Before the first step."""
@@ -175,12 +181,3 @@ class Board:
         """Stop serving; the ranks' files are deleted."""
         if self.endpoint is not None:
             self.endpoint.close()
-
-
-def _told_in_node(directory: Path | None, node: int, first: bool) -> Path | None:
-    """What the node's first rank has found, on all its ranks."""
-    store = dist.distributed_c10d._get_default_store()
-    key = f"lte/metrics/{node}"
-    if first:
-        store.set(key, str(directory or ""))
-    return Path(found) if (found := store.get(key).decode()) else None

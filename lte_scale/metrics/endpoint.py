@@ -164,6 +164,11 @@ class Pusher:
                 delete_from_gateway(self.url, self.job, self.group, timeout=5)
 
 
+def basic_auth(user_and_password: str) -> str:
+    """The header of basic authentication for `user:password`."""
+    return "Basic " + base64.b64encode(user_and_password.encode()).decode()
+
+
 def _read_password(path: str) -> bytes:
     try:
         text = Path(path).read_text().strip()
@@ -171,7 +176,7 @@ def _read_password(path: str) -> bytes:
         raise ValueError(f"metrics.password_file: cannot read {path} ({error})") from error
     if ":" not in text:
         raise ValueError(f"metrics.password_file: {path} does not hold a line user:password")
-    return b"Basic " + base64.b64encode(text.encode())
+    return basic_auth(text).encode()
 
 
 def _behind_password(app: Any, expected: bytes) -> Callable[..., Any]:

@@ -55,4 +55,5 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def natural(text: str) -> tuple[int, str]:
+    """To sort by: `2` before `10`."""
     return len(text), text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import ssl
 import time
@@ -16,6 +15,9 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener
 
 from prometheus_client.parser import text_string_to_metric_families
+
+from lte_scale.metrics.endpoint import basic_auth
+from lte_scale.top.figures import natural
 
 CUMULATIVE = ("_total", "_sum", "_count", "_bucket")
 START = "lte_start_timestamp_seconds"
@@ -60,17 +62,12 @@ def parse(word: str) -> Target:
     user, at, place = parts.netloc.rpartition("@")
     path = parts.path if parts.path not in ("", "/") else "/metrics"
     query = f"?{parts.query}" if parts.query else ""
-    return Target(f"{parts.scheme}://{place}{path}{query}", place, basic(unquote(user)) if at else "")
-
-
-def basic(user_and_password: str) -> str:
-    """The header for basic authentication."""
-    return "Basic " + base64.b64encode(user_and_password.encode()).decode()
+    return Target(f"{parts.scheme}://{place}{path}{query}", place, basic_auth(unquote(user)) if at else "")
 
 
 def _of_run(run_dir: Path) -> list[Target]:
     targets = []
-    for path in sorted((run_dir / "endpoints").glob("*.json"), key=lambda path: (len(path.name), path.name)):
+    for path in sorted((run_dir / "endpoints").glob("*.json"), key=lambda path: natural(path.name)):
         try:
             for group in json.loads(path.read_text()):
                 scheme = group.get("labels", {}).get("__scheme__", "http")
@@ -172,7 +169,7 @@ class Fetcher:
         except OSError as error:
             raise ValueError(f"--cert: cannot read a certificate and its key from {certificate} ({error})") from error
         try:
-            self.authorization = basic(Path(password_file).read_text().strip()) if password_file else ""
+            self.authorization = basic_auth(Path(password_file).read_text().strip()) if password_file else ""
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--password-file: cannot read {password_file} ({error})") from error
         self.opener = build_opener(ProxyHandler({}), HTTPSHandler(context=context))

@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from lte_scale.top.figures import age, duration, mean, milliseconds, number, percent, size
+from lte_scale.top.figures import age, duration, mean, milliseconds, natural, number, percent, size
 from lte_scale.top.node import Node, Reading, values
 from lte_scale.top.problems import problems
 
@@ -18,7 +18,7 @@ def lines(readings: Iterable[Reading], width: int = 80, height: int = 0) -> list
     """The state of a run, in no more than `height` lines (0: any number) of at most `width` characters."""
     readings = list(readings)
     nodes = [Node(reading.name, reading.now, reading.before) for reading in readings if reading.now]
-    nodes.sort(key=lambda node: (len(node.name), node.name))
+    nodes.sort(key=lambda node: natural(node.name))
     wrong = [f"! {reading.name}: no answer: {reading.reason}" for reading in readings if not reading.now]
     wrong += [f"! {problem}" for problem in problems(nodes)]
     above = _wrapped(heading(nodes), width) if nodes else []

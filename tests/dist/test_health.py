@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lte_scale.adapters import LTELinear
 from lte_scale.collectives import Collectives
-from lte_scale.health import HeadHealth, Health, effective_rank, gram
+from lte_scale.health import HeadHealth, Health, effective_rank, grams, inner_products
 from lte_scale.topology import Topology
 from tests.harness import DistributedPool
 
@@ -25,17 +25,17 @@ def test_inner_products_and_effective_rank() -> None:
     A, B = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((3, 4, 20), (3, 12, 4)))
     deltas = dense(A, B)
     flat = deltas.flatten(1)
-    torch.testing.assert_close(gram(A, B), flat @ flat.T)
+    torch.testing.assert_close(inner_products(*grams(A, B), 3), flat @ flat.T)
     squares = torch.linalg.svdvals(deltas.sum(0)) ** 2
-    assert effective_rank(A, B) == pytest.approx((squares.sum() ** 2 / (squares**2).sum()).item())
-    assert effective_rank(A, torch.zeros_like(B)) == 0.0
+    assert effective_rank(*grams(A, B)) == pytest.approx((squares.sum() ** 2 / (squares**2).sum()).item())
+    assert effective_rank(*grams(A, torch.zeros_like(B))) == 0.0
 
 
 def test_effective_rank_of_the_extremes() -> None:
     eye = torch.eye(6, dtype=torch.float64)
-    assert effective_rank(eye.unsqueeze(0), eye.unsqueeze(0)) == pytest.approx(6)
+    assert effective_rank(eye, eye) == pytest.approx(6)
     one = torch.ones(2, 1, 5, dtype=torch.float64)
-    assert effective_rank(one, torch.ones(2, 7, 1, dtype=torch.float64)) == pytest.approx(1)
+    assert effective_rank(*grams(one, torch.ones(2, 7, 1, dtype=torch.float64))) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("heads_per_node", "mode"), [(1, "reset"), (2, "reset"), (2, "resetless"), (4, "resetless")])

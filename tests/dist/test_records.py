@@ -13,6 +13,7 @@ from torch import nn
 
 from lte_scale.collectives import Collectives
 from lte_scale.config import load_config
+from lte_scale.config.schema import Config
 from lte_scale.metrics.record import Record
 from lte_scale.recorder import Recorder
 from lte_scale.state import Schedule, TrainState
@@ -57,17 +58,21 @@ def test_a_record_holds_the_mean_of_the_heads(
     assert found[0][0].full_rank_bytes == STEPS * 2 * (4 - 1) * 4 * 1000 // 4
 
 
+def recorder_of(config: Config, collectives: Collectives) -> Recorder:
+    """With as much of a merger as it asks for."""
+    topology = collectives.topology
+    heads = SimpleNamespace(ids=topology.my_heads, linears={"layer": nn.Identity()})
+    arrangement = SimpleNamespace(shapes=SimpleNamespace(values=1000))
+    merger: Any = SimpleNamespace(heads=heads, arrangement=arrangement, clock=Stopwatch(torch.device("cpu")))
+    schedule = Schedule.of(config, 1000, topology.heads)
+    return Recorder(config, collectives, schedule, merger, device=torch.device("cpu"), flops_per_image=lambda: 1)
+
+
 def recorded(rank: int, heads_per_node: int, everywhere: bool, run_dir: str) -> tuple[Record, int]:
     topology = Topology(nodes=2, ranks_per_node=2, heads_per_node=heads_per_node, rank=rank)
     collectives = Collectives(topology)
     config = load_config(None, [f"run_dir={run_dir}", f"train.batch_size={BATCH * topology.ranks_per_head}"])
-    heads = SimpleNamespace(ids=topology.my_heads, linears={"layer": nn.Identity()})
-    arrangement = SimpleNamespace(shapes=SimpleNamespace(values=1000))
-    merger: Any = SimpleNamespace(heads=heads, arrangement=arrangement, clock=Stopwatch(torch.device("cpu")))
-    recorder = Recorder(
-        config, collectives, Schedule.of(config, 1000, topology.heads), merger,
-        device=torch.device("cpu"), flops_per_image=1,
-    )  # fmt: skip
+    recorder = recorder_of(config, collectives)
     for step in range(STEPS):
         losses = torch.tensor([loss_of(head, step) for head in topology.my_heads])
         correct = torch.full((topology.heads_per_rank,), BATCH / 2)
@@ -90,12 +95,6 @@ def test_a_head_without_a_finite_step_has_no_loss(pool4: DistributedPool, tmp_pa
 def lost(rank: int, run_dir: str) -> Record:
     topology = Topology(heads_per_node=2)
     config = load_config(None, [f"run_dir={run_dir}"])
-    heads = SimpleNamespace(ids=topology.my_heads, linears={"layer": nn.Identity()})
-    arrangement = SimpleNamespace(shapes=SimpleNamespace(values=1000))
-    merger: Any = SimpleNamespace(heads=heads, arrangement=arrangement, clock=Stopwatch(torch.device("cpu")))
-    collectives = Collectives(topology)
-    recorder = Recorder(
-        config, collectives, Schedule.of(config, 1000, 2), merger, device=torch.device("cpu"), flops_per_image=1
-    )
+    recorder = recorder_of(config, Collectives(topology))
     recorder.interval.add(torch.tensor([math.inf, 2.0]), torch.ones(2), torch.ones(2), 4)
     return recorder.record(TrainState(step=1), 1e-3, everywhere=False)
