@@ -6,6 +6,7 @@
             __0_0.distcp ...      the tensors, each rank its own
             train_state.json      the trainer's state, the topology
             config.yaml           the resolved configuration
+            SHA256SUMS            of all of these; a checkpoint whose files differ from it is not loaded
 
 Keys. Weights are flat fp32 vectors of which a rank holds any part, so that they load on any number of ranks:
 
@@ -53,6 +54,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from lte_scale import checksums
 from lte_scale.collectives import Collectives
 from lte_scale.config.schema import CheckpointConfig
 from lte_scale.contents import (
@@ -107,7 +109,7 @@ def _step(path: Path) -> int:
 
 
 def _is_whole(path: Path) -> bool:
-    return all(os.path.isfile(path / name) for name in (".metadata", "train_state.json"))
+    return all(os.path.isfile(path / name) for name in (".metadata", "train_state.json", checksums.LIST))
 
 
 def resolve(location: str) -> Path:
@@ -199,10 +201,14 @@ class Checkpoints:
         temporary, began = path.with_name(f".tmp-{path.name}"), time.monotonic()
         try:
             dcp_save(tensors, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None)
+            sums = "".join(self._of_all_ranks(self._sums_of_mine(temporary)))
             if self.first:
-                check_all_there(temporary)
+                check_all_there(temporary, sums)
                 _write_synced(temporary / "train_state.json", json.dumps(state, indent=2) + "\n")
                 _write_synced(temporary / "config.yaml", config_text)
+                others = (".metadata", "train_state.json", "config.yaml")
+                sums += checksums.listed(checksums.digests(temporary, others))
+                _write_synced(temporary / checksums.LIST, sums)
                 self._supersede(path)
                 os.rename(temporary, path)
         except BaseException as error:  # DCP's CheckpointException is no Exception
@@ -212,6 +218,15 @@ class Checkpoints:
         if self.first:
             log.info("saved checkpoint %s in %.1f s", path.name, time.monotonic() - began)
             self._retain()
+
+    def _sums_of_mine(self, folder: Path) -> str:
+        """Lines of the list for the files this rank has written; none, which shows, where they cannot be read."""
+        mine = [path.name for path in folder.glob(f"__{self.collectives.topology.rank}_*")]
+        try:
+            return checksums.listed(checksums.digests(folder, mine))
+        except OSError as error:
+            log.warning("%s: written but not to be read: %s", folder, error)
+            return ""
 
     def _supersede(self, path: Path) -> None:
         """Put aside what an earlier course of the run has saved at this step and later ones."""
@@ -264,21 +279,46 @@ class Checkpoints:
         self._executor.shutdown()
 
     def find(self, resume: str) -> Path | None:
-        """The checkpoint to resume from: `auto` (newest of the run, if any), `never`, or a path.
+        """The checkpoint to resume from: `auto` (newest of the run that is sound, if any), `never`, or a path.
 
         Raises:
-            ValueError: if the path names none.
+            ValueError: if the path names none, or a damaged one; if the run has checkpoints and all are damaged.
         """
-        found: Path | None = None
+        candidates: list[Path] = []
         error: str | None = None
         if self.first and resume != "never":
             try:
-                found = next(reversed(whole_checkpoints(self.run_dir)), None) if resume == "auto" else resolve(resume)
+                candidates = whole_checkpoints(self.run_dir)[::-1] if resume == "auto" else [resolve(resume)]
             except ValueError as caught:
                 error = f"resume: {caught}"
-        found, error = self.collectives.broadcast_object((found, error))
+        candidates, error = self.collectives.broadcast_object((candidates, error))
         if error:
             raise ValueError(error)
+        for path in candidates:
+            damage = self._damage(path)
+            if not damage:
+                return path
+            if resume != "auto":
+                raise ValueError(f"resume: {path} is damaged: {damage}; name another checkpoint")
+            self._say(f"{path} is damaged: {damage}; looking for the one before")
+        if candidates:
+            raise ValueError(
+                f"resume: all {len(candidates)} checkpoints in {self.run_dir / 'checkpoints'} are damaged; set "
+                "resume=never to begin anew"
+            )
+        return None
+
+    def _damage(self, path: Path) -> str:
+        """What is wrong with a checkpoint's files, each rank reading some of them; the same word on every rank."""
+        topology = self.collectives.topology
+        mine = checksums.damage(path, share=topology.rank, shares=topology.world_size)
+        return next(filter(None, self._of_all_ranks(mine)), "")
+
+    def _of_all_ranks(self, value: str) -> list[str]:
+        found = [value]
+        if self.group is not None:
+            found = [""] * self.collectives.topology.world_size
+            dist.all_gather_object(found, value, self.group)
         return found
 
     def load(self, path: Path, pieces: Pieces) -> dict[str, Any]:
@@ -317,8 +357,7 @@ class Checkpoints:
             merger.replicas.write(merger.replicas.outer.masters)
         if any(name.startswith("node/") for name in metadata.state_dict_metadata) and not same_place:
             self._say("another topology: what nodes had merged on their own since the last global merge is dropped")
-        merger.restore_products()
-        merger.publish()
+        merger.restore()
         with torch.no_grad(), merger.editable() as shards:
             targets = tensors_of(pieces, shards, loading=True)
             copy_in({n: staged[n] for n in late}, {n: targets[n] for n in late})

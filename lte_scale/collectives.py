@@ -43,6 +43,7 @@ PURPOSES = (
     "merge_dense",
     "merge_replica",
     "merge_refresh",  # masters to the node's compute copies
+    "merge_check",  # whether the nodes hold the same masters
     "merge_wait",  # for an exchange that began earlier and has not arrived
     "evaluate",
     "metrics",

@@ -48,7 +48,7 @@ def tensors_of(pieces: Pieces, shards: Mapping[str, Tensor], *, loading: bool = 
             ("master", merger.outer.masters),
             ("momentum", merger.outer.momenta),
             ("average", merger.outer.averages),
-            ("product", merger.mean_product if merger.arrangement.two_level else {}),
+            ("product", merger.products.mean if merger.arrangement.two_level else {}),
         ):
             if name in values:
                 found[f"{kind}/{name}"] = FlatPart(values[name], own.own[0], total)
@@ -164,8 +164,8 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_all_there(path: Path) -> None:
-    """Whether the files of all ranks are where this one sees them.
+def check_all_there(path: Path, listed: str) -> None:
+    """Whether the files of all ranks are where this one sees them, and on the list of sums.
 
     Raises:
         OSError: naming one that is not.
@@ -173,6 +173,8 @@ def check_all_there(path: Path) -> None:
     stored = {entry.relative_path for entry in read_metadata(path).storage_data.values()}
     if absent := sorted(stored - set(os.listdir(path))):
         raise OSError(f"{absent[0]} of another rank is not there: all nodes must share the file system of run_dir")
+    if unlisted := sorted(name for name in stored if f"  {name}\n" not in listed):
+        raise OSError(f"{unlisted[0]} cannot be read again by the rank that wrote it")
 
 
 def check_model(metadata: Metadata, pieces: Pieces, path: Path) -> None:

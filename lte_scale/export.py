@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from lte_scale import checksums
 from lte_scale.checkpoint import best_checkpoint, resolve
 from lte_scale.collectives import Collectives
 from lte_scale.config import Config, load_config
@@ -36,6 +37,8 @@ def load_merged(checkpoint: Path, *, average: bool = False) -> tuple[Config, int
     Raises:
         ValueError: if the checkpoint is damaged, is not of the model in its config.yaml, or holds no moving average.
     """
+    if damage := checksums.damage(checkpoint):
+        raise ValueError(f"{checkpoint}: is damaged: {damage}; name another checkpoint")
     config = load_config(checkpoint / "config.yaml")
     stored = read_metadata(checkpoint).state_dict_metadata
     base, replica = ("average", "replica_average") if average else ("master", "replica_master")

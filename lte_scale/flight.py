@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+K = TypeVar("K", bound=Hashable)
 
-class Flight:
+
+class Flight(Generic[K]):
     """Jobs run one after another in a thread of their own, on an accelerator in a stream of their own.
 
     Their collectives must be in process groups that nobody else uses meanwhile (`Collectives.aside`), and what they
     read must not change until they have arrived.
     """
 
-    def __init__(self, jobs: list[Callable[[], Tensor]], device: torch.device) -> None:
+    def __init__(self, jobs: dict[K, Callable[[], Tensor]], device: torch.device) -> None:
         self._jobs, self._device = jobs, device
-        self._results: list[Tensor] = []
+        self._results: dict[K, Tensor] = {}
         self._error: BaseException | None = None
         self._ready = torch.cuda.current_stream().record_event() if device.type == "cuda" else None
         # A daemon: a run that ends with an error does not wait for a message that will never come.
@@ -40,11 +43,11 @@ class Flight:
 
     @torch.no_grad()
     def _work(self) -> None:
-        while self._jobs:  # what a job read is let go when it is done
-            self._results.append(self._jobs.pop(0)())
+        for name in list(self._jobs):
+            self._results[name] = self._jobs.pop(name)()  # what a job read is let go when it is done
 
-    def arrived(self) -> list[Tensor]:
-        """What the jobs found, in their order; waits for it.
+    def arrived(self) -> dict[K, Tensor]:
+        """What the jobs found; waits for it.
 
         Raises:
             Exception: what a job has raised, as a collective whose peer is gone.
@@ -53,6 +56,6 @@ class Flight:
         if self._error is not None:
             raise self._error
         if self._ready is not None:
-            for result in self._results:
+            for result in self._results.values():
                 result.record_stream(torch.cuda.current_stream())
         return self._results

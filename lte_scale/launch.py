@@ -17,6 +17,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lte_scale import log as logs
+from lte_scale.agreement import Disagreement
 from lte_scale.checkpoint import check_writable
 from lte_scale.collectives import Collectives
 from lte_scale.config import check_topology, check_training, dump, load_config
@@ -90,6 +91,9 @@ def train(config: Config, topology: Topology, device: torch.device) -> int:
                     (run_dir / "deepspeed.json").write_text(json.dumps(settings(config, topology), indent=2) + "\n")
                 _announce(config, topology, device)
             return trainer.run()
+    except Disagreement as error:
+        logs.log.error("rank %d: %s", topology.rank, error)
+        return FAILED
     except TrainingError as error:
         print(f"lte-scale: {error}", file=sys.stderr)
         return FAILED

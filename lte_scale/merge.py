@@ -27,22 +27,24 @@ In `merge.precision` other than fp32 a message holds less than it should. What i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lte_scale.arrangement import Arrangement, Bucket, length
+from lte_scale import agreement
+from lte_scale.arrangement import Arrangement, Bucket
 from lte_scale.collectives import Collectives
 from lte_scale.copies import Copies
-from lte_scale.dense import DenseExchange, joined
+from lte_scale.dense import DenseExchange
 from lte_scale.engines.base import Engine, cut_from
-from lte_scale.exchange import FactorExchange, Factors, product
+from lte_scale.exchange import FactorExchange, Factors
 from lte_scale.flight import Flight
 from lte_scale.model import Heads
 from lte_scale.outer import Outer
+from lte_scale.products import Products
 from lte_scale.replicas import ReplicaMerger
 from lte_scale.timing import Stopwatch
 
@@ -65,7 +67,7 @@ class Merger:
         self.topology, self.config, self.cadence = arrangement.topology, arrangement.config.merge, arrangement.cadence
         ema_decay = arrangement.config.train.ema_decay
         self.link = collectives.aside() if self.cadence.delay else collectives
-        self.flight: Flight | None = None
+        self.flight: Flight[Bucket | str] | None = None
         self.exchange = FactorExchange(heads, collectives, codecs=arrangement.factor_codecs, link=self.link)
         self.clock: Stopwatch[tuple[str, str]] = Stopwatch(self.exchange.device)
         self.ownership = {
@@ -75,8 +77,6 @@ class Merger:
         self.dense = DenseExchange(arrangement, self.link, self.ownership, self.exchange.device)
         self.copies = Copies(arrangement, collectives, self.ownership, self.exchange.device)
         self.history: dict[Bucket, list[Tensor]] = {bucket: [] for bucket in self.buckets}
-        self.node_product: dict[str, Tensor] = {}
-        self.mean_product: dict[str, Tensor] = {}
         self.outer = Outer(self.config, ema_decay)
         with self.editable() as shards:
             if self.arrangement.separate:
@@ -84,7 +84,7 @@ class Merger:
                     self.outer.masters[name] = cut_from(shards[name], own.compute, own.own).clone()
             self.outer.start_average()
         self.replicas = ReplicaMerger(heads, collectives, self.config, ema_decay, arrangement.codec, self.link)
-        self._clear_products()
+        self.products = Products(heads, arrangement, self.ownership, self.outer.masters)
 
     @contextmanager
     def editable(self) -> Iterator[Shards]:
@@ -94,12 +94,6 @@ class Merger:
             if not self.arrangement.separate:
                 self.outer.masters.update(shards)
             yield shards
-
-    def _rank(self, name: str) -> int:
-        return self.heads.linears[name].A.shape[1]
-
-    def _scale(self, name: str) -> float:
-        return self.heads.linears[name].scale
 
     def due(self, step: int) -> bool:
         """Whether there is anything to merge after `step`, inside the node or between nodes."""
@@ -118,25 +112,28 @@ class Merger:
         departing = self.cadence.sets_sent(step, last=last)
         delayed = bool(departing) and self.cadence.delay > 0 and not last
         scope = "global" if departing else "local"
-        jobs: list[Callable[[], Tensor]] = []
+        jobs: dict[Bucket | str, Callable[[], Tensor]] = {}
         with self.editable() as shards:
+            verified = self._compare_masters() if 0 in departing and self.topology.nodes > 1 else None
+            if verified is not None and not delayed:
+                agreement.check(verified(), self.topology)
             for bucket in self.buckets:
                 with self.clock((scope, bucket.path)):
                     if bucket.fragment not in departing:
                         if self.cadence.is_local(step):
                             self._merge_locally(bucket, shards)
                     elif delayed:
-                        jobs.append(self._depart(bucket, shards))
+                        jobs[bucket] = self._depart(bucket, shards)
                     else:
                         self._merge_globally(bucket, shards, decay)
         with self.clock((scope, "replica")):
             if 0 in departing and delayed:
-                jobs.append(partial(self.replicas.over_link, self.replicas.depart()))
+                jobs["replicas"] = partial(self.replicas.over_link, self.replicas.depart())
+                jobs |= {"masters": verified} if verified else {}
             elif 0 in departing or self.cadence.is_local(step):
                 self.replicas.merge(everywhere=0 in departing)
         if jobs:
             self.flight = Flight(jobs, self.exchange.device)
-            self.departed = [bucket for bucket in self.buckets if bucket.fragment in departing]
         else:
             self.collectives.absorb(self.link)
         self.clock.lap()
@@ -149,7 +146,7 @@ class Merger:
         if bucket.path == "factor" and not self.arrangement.resetless:
             self.history[bucket].append(packed.clone())  # else a view keeps the factors of all members alive
         factors = self.exchange.within_node(packed, bucket.names)
-        for name, change in self._changes(bucket, factors, self.node_product, whole=True).items():
+        for name, change in self.products.of_node(bucket, factors).items():
             if not self.arrangement.folded:  # a folded base holds W - s B' A', which a local merge leaves as it is
                 shards[name].add_(change.to(shards[name].device))
         self._leave_to_base(bucket, factors)
@@ -174,28 +171,38 @@ class Merger:
             return partial(self.exchange.over_link, stack, bucket.names)
         changes = {}
         for name in bucket.names:
-            folded = self.node_product[name] if self.arrangement.folded else 0.0
+            folded = self.products.node[name] if self.arrangement.folded else 0.0
             changes[name] = (shards[name] + folded - self.outer.masters[name]).to(self.exchange.device)
         return partial(self.dense.reduce, bucket, changes)
 
-    def _land(self, flight: Flight, decay: float) -> None:
-        """Apply what has been under way, when it has arrived."""
+    def _land(self, flight: Flight[Bucket | str], decay: float) -> None:
+        """Apply what has been under way, when all of it has arrived."""
         with self.clock(("global", "wait")), self.collectives.call(self.collectives.peers, "merge_wait", 0):
             arrived = flight.arrived()
+        if "masters" in arrived:
+            agreement.check(arrived["masters"], self.topology)
         with self.editable() as shards:
-            for bucket, message in zip(self.departed, arrived, strict=False):  # the replica parameters come last
+            for bucket in filter(arrived.__contains__, self.buckets):
                 with self.clock(("global", bucket.path)):
                     if bucket.path == "factor":
-                        factors = self.exchange.received(message, bucket.names)
-                        changes = self._changes(bucket, factors, self.mean_product, whole=False)
+                        factors = self.exchange.received(arrived[bucket], bucket.names)
+                        changes = self.products.of_all(bucket, factors)
                     else:
-                        changes = self.dense.own_parts(bucket, message)
+                        changes = self.dense.own_parts(bucket, arrived[bucket])
                     self._update(bucket, changes, shards, decay)
-        if len(arrived) > len(self.departed):
+        if "replicas" in arrived:
             with self.clock(("global", "replica")):
-                self.replicas.land(arrived[-1])
+                self.replicas.land(arrived["replicas"])
         self.flight = None
         self.collectives.absorb(self.link)
+
+    def _compare_masters(self) -> Callable[[], Tensor]:
+        """What brings together fingerprints [K] of the masters that all peers hold alike."""
+        equal = [*self.replicas.outer.masters.values()]
+        if not self.arrangement.spread:
+            equal += self.outer.masters.values()
+        prints = agreement.fingerprint(equal, self.exchange.device)
+        return partial(self.link.all_gather, prints, self.link.peers, "merge_check")
 
     def _update(self, bucket: Bucket, changes: Mapping[str, Tensor], shards: Shards, decay: float) -> None:
         """The masters take the mean changes, and the forward pass sees it."""
@@ -209,7 +216,7 @@ class Merger:
     def _leave_to_base(self, bucket: Bucket, factors: Factors) -> None:
         """Take from this rank's heads what the base has of them now: `factors` of the node's heads [h, values]."""
         mine = [head % self.topology.heads_per_node for head in self.topology.my_heads]
-        for name, (A, B) in self._by_weight(bucket, factors).items():
+        for name, (A, B) in self.products.by_weight(bucket, factors).items():
             layer = self.heads.linears[name]
             A, B = A[mine].view_as(layer.A), B[mine].view_as(layer.B)
             if layer.A_prev is None or layer.B_prev is None:
@@ -218,45 +225,22 @@ class Merger:
                 layer.A_prev.copy_(A)
                 layer.B_prev.copy_(B)
 
-    def _by_weight(self, bucket: Bucket, factors: Factors) -> dict[str, Factors]:
-        sizes_A, sizes_B = zip(*(self.exchange.sizes([name]) for name in bucket.names), strict=True)
-        split = zip(bucket.names, factors.A.split(sizes_A, -1), factors.B.split(sizes_B, -1), strict=True)
-        return {name: Factors(A, B) for name, A, B in split}
-
-    def _changes(
-        self, bucket: Bucket, factors: Factors, previous: MutableMapping[str, Tensor], *, whole: bool
-    ) -> dict[str, Tensor]:
-        """The mean over `factors` [..., heads, values] of each weight's product, less `previous`, which it replaces.
-
-        `whole`: of the node's heads on the parts this rank forms [elements], else of all heads on the part it owns.
-        """
-        changes: dict[str, Tensor] = {}
-        heads = self.topology.heads_per_node if whole else self.topology.heads
-        for name, of_weight in self._by_weight(bucket, factors).items():
-            own, scale = self.ownership[name], self._scale(name) / heads
-            parts = own.parts if whole else (own.own,)
-            formed = joined(product(of_weight, own.shape, self._rank(name), parts, scale))
-            changes[name] = formed - previous[name].to(formed.device) if self.arrangement.resetless else formed
-            if self.arrangement.resetless:
-                previous[name].copy_(formed)
-        return changes
-
     def _mean_by_factors(self, bucket: Bucket, packed: Tensor) -> tuple[dict[str, Tensor], Factors]:
         """The mean change, and the factors of the node's heads that went into it last."""
         stack = torch.stack([*self.history[bucket], packed])
         self.history[bucket].clear()
         all_KLhC = self.exchange.between_nodes(stack, bucket.names)
         of_node = Factors(all_KLhC.A[self.topology.node, -1], all_KLhC.B[self.topology.node, -1])
-        if self.arrangement.resetless and (self.arrangement.folded or self.arrangement.roaming):
-            self._changes(bucket, of_node, self.node_product, whole=True)
-        return self._changes(bucket, all_KLhC, self.mean_product, whole=False), of_node
+        if self.products.keeps_node(bucket):
+            self.products.of_node(bucket, of_node)
+        return self.products.of_all(bucket, all_KLhC), of_node
 
     def _mean_by_products(self, bucket: Bucket, factors: Factors, shards: Shards) -> dict[str, Tensor]:
-        changes = self._changes(bucket, factors, self.node_product, whole=True)
+        changes = self.products.of_node(bucket, factors)
         if self.arrangement.roaming:
             for name in bucket.names:
                 shard, change = shards[name], changes[name]
-                moved = self.node_product[name] if self.arrangement.folded else change.to(shard.device)
+                moved = self.products.node[name] if self.arrangement.folded else change.to(shard.device)
                 changes[name] = (shard + moved - self.outer.masters[name]).to(change.device)
         return self.dense.mean(bucket, changes)
 
@@ -265,38 +249,12 @@ class Merger:
         self.copies.publish(bucket, source, shards)
         if self.arrangement.folded and fold:
             for name in bucket.names:
-                shards[name].sub_(self.node_product[name])
-
-    def _clear_products(self) -> None:
-        if not self.arrangement.resetless:
-            return
-        for bucket in self.buckets:
-            for name in bucket.names:
-                own, like = self.ownership[name], self.outer.masters[name]
-                if self.arrangement.folded or self.arrangement.roaming or bucket.path == "dense":
-                    self.node_product[name] = like.new_zeros(sum(map(length, own.parts)))
-                if bucket.path == "factor":
-                    self.mean_product[name] = like.new_zeros(length(own.own))
+                shards[name].sub_(self.products.node[name])
 
     @torch.no_grad()
-    def restore_products(self) -> None:
-        """Form the products of the last merge anew from the previous factors (resetless; after loading them)."""
-        if not self.arrangement.resetless:
-            return
-        self._clear_products()
-        exchange = FactorExchange(self.heads, self.collectives)  # in fp32: of other bits than now, if precision changed
-        for bucket in self.buckets:
-            packed = exchange.pack(bucket.names, previous=True)
-            if self.arrangement.folded or self.arrangement.roaming or bucket.path == "dense":
-                factors = exchange.within_node(packed, bucket.names)
-                self._changes(bucket, factors, self.node_product, whole=True)
-            if bucket.path == "factor":
-                factors = exchange.between_nodes(packed.unsqueeze(0), bucket.names)
-                self._changes(bucket, factors, self.mean_product, whole=False)
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Write the master to the engine (after loading it)."""
+    def restore(self) -> None:
+        """After loading the masters and the factors: what follows from them, and the weights that are computed with."""
+        self.products.restore(self.collectives, self.buckets)
         with self.editable() as shards:
             for bucket in self.buckets:
                 self._publish(bucket, self.outer.masters, shards)

@@ -13,6 +13,9 @@ from lte_scale.arrangement import FP32, Arrangement, Bucket
 from lte_scale.collectives import Scope, all_gather_bytes, all_reduce_bytes, all_to_all_bytes, reduce_scatter_bytes
 from lte_scale.topology import Topology
 
+FINGERPRINT = 8
+"""Bytes in which a rank tells its peers of its masters (`agreement`)."""
+
 Traffic = Counter[tuple[Scope, str]]
 """Bytes sent by (scope, purpose), as `Collectives.bytes_sent` counts them."""
 
@@ -129,6 +132,8 @@ def _landing(a: Arrangement, rank: int, sets: Mapping[int, int]) -> Traffic:
         else:
             _mean_traffic(a, links, "merge_replica", -(-values // t.nodes), shared=True)
         _gather_replicas(a, links)
+        if t.nodes > 1:
+            links.all_gather(links.peers, "merge_check", FINGERPRINT)
     return links.sent
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lte_scale import checksums
 from lte_scale.assemble import LTE, assemble
 from lte_scale.checkpoint import Checkpoints, whole_checkpoints
 from lte_scale.collectives import Collectives
@@ -93,3 +94,9 @@ def file_size_limit(path: Path) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def relist(checkpoint: Path) -> None:
+    """Make the list of sums that of the files as they are now: for what else a change by hand would run into."""
+    names = [path.name for path in checkpoint.iterdir() if path.name != checksums.LIST]
+    (checkpoint / checksums.LIST).write_text(checksums.listed(checksums.digests(checkpoint, names)))

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from lte_scale.storage import read_metadata
 from lte_scale.topology import from_environment
 from tests.harness import DistributedPool
 from tests.reference import CLASSES
-from tests.saver import MODEL, PLAIN, Run, equal, names
+from tests.saver import MODEL, PLAIN, Run, equal, names, relist
 from tests.test_train import SMALL, command
 
 ALONE = [*SMALL, "merge={every: 4, local_every: 4}", "data.workers=0", "checkpoint={every: 4, keep_last: 3}"]
@@ -68,6 +69,7 @@ def test_a_table_of_tensors_that_would_run_code_is_refused(
     data, run_dir = run
     table, out = whole_checkpoints(run_dir)[-1] / ".metadata", tmp_path / "out.safetensors"
     table.write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
+    relist(table.parent)
     for words in (command(data, run_dir, *ALONE, "train.duration=12"), ["export", str(run_dir), str(out)]):
         assert main(words) == 2
         error = capsys.readouterr().err
@@ -129,26 +131,54 @@ def two_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     return saver.checkpoints.run_dir, masters
 
 
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "train_state.json"])
-@pytest.mark.parametrize("kept", [0, 0.5])
-def test_a_torn_file_is_named_and_the_checkpoint_before_still_loads(
-    two_saved: tuple[Path, dict[str, Tensor]], tmp_path: Path, name: str, kept: float
+FILES = [".metadata", "__0_0.distcp", "train_state.json", "config.yaml", "SHA256SUMS"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["empty", "half", "a bit"])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
+    two_saved: tuple[Path, dict[str, Tensor]], tmp_path: Path, name: str, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(two_saved[0], tmp_path, dirs_exist_ok=True)
     newest = whole_checkpoints(tmp_path)[-1]
-    content = (newest / name).read_bytes()
-    (newest / name).write_bytes(content[: int(len(content) * kept)])
+    content = bytearray((newest / name).read_bytes())
+    if how == "a bit":
+        content[len(content) // 2] ^= 1
+    (newest / name).write_bytes(content[: {"empty": 0, "half": len(content) // 2}.get(how, len(content))])
     resumed = Run(tmp_path)
-    found = resumed.checkpoints.find("auto")
-    assert found == newest
-    with pytest.raises(ValueError, match=r"step_00000004.*") as refusal:
-        resumed.load(newest)
+    before = newest.with_name("step_00000002")
+    assert resumed.checkpoints.find("auto") == before
+    assert f"{newest} is damaged: " in caplog.text
+    with pytest.raises(ValueError, match=r"resume: .*step_00000004 is damaged: .*; name another") as refusal:
+        resumed.checkpoints.find(str(newest))
     assert "\n" not in str(refusal.value)
-    resumed.load(newest.with_name("step_00000002"))
+    assert name in str(refusal.value) or name == "SHA256SUMS"  # a sum that is not its file's
+    resumed.load(before)
     assert equal(resumed.masters(), two_saved[1])
 
 
-@pytest.mark.parametrize("deleted", [".metadata", "train_state.json"])
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(
+    two_saved: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    shutil.copytree(two_saved[0], tmp_path, dirs_exist_ok=True)
+    for path in whole_checkpoints(tmp_path):
+        (path / "__0_0.distcp").write_bytes(b"")
+    run = Run(tmp_path)
+    with pytest.raises(ValueError, match=r"resume: all 2 checkpoints in .* are damaged; set resume=never"):
+        run.checkpoints.find("auto")
+    assert run.checkpoints.find("never") is None
+
+
+def test_sha256sum_reads_the_list(two_saved: tuple[Path, dict[str, Tensor]]) -> None:
+    newest = whole_checkpoints(two_saved[0])[-1]
+    assert set(os.listdir(newest)) == set(FILES)
+    checked = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=newest, check=True, capture_output=True
+    )
+    assert checked.stdout.count(b": OK") == len(FILES) - 1
+
+
+@pytest.mark.parametrize("deleted", [".metadata", "train_state.json", "SHA256SUMS"])
 def test_without_what_makes_it_whole_it_is_no_checkpoint(
     two_saved: tuple[Path, dict[str, Tensor]], tmp_path: Path, deleted: str
 ) -> None:

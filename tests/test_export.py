@@ -24,7 +24,7 @@ from lte_scale.cli import main
 from lte_scale.config import dump
 from lte_scale.config.schema import Config, DataConfig
 from tests.reference import CLASSES
-from tests.saver import MODEL, PLAIN, Run, file_size_limit
+from tests.saver import MODEL, PLAIN, Run, file_size_limit, relist
 from tests.shard_files import CLASSES as SHARD_CLASSES
 from tests.shard_files import png, sample_files, write_lengths, write_tar
 
@@ -147,6 +147,17 @@ def rewritten(file: Path, old: str, new: str) -> None:
     text = file.read_text()
     assert old in text
     file.write_text(text.replace(old, new))
+    relist(file.parent)
+
+
+def test_a_damaged_checkpoint_is_not_exported(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run_dir / "checkpoints" / "step_00000004" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert main(["export", str(run_dir), str(run_dir / "model.safetensors")]) == 2
+    assert "step_00000004: is damaged: __0_0.distcp is not as it was written" in capsys.readouterr().err
+    assert not (run_dir / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def held(rank: int, config: Config) -> dict[str, int]:
         "compute_shards": [*compute],
         "factors": [*run.heads.factor_parameters().values()],
         "previous_factors": [t for layer in layers for t in (layer.A_prev, layer.B_prev)],
-        "products": [*merger.node_product.values(), *merger.mean_product.values()],
+        "products": [*merger.products.node.values(), *merger.products.mean.values()],
         "replicas": [*run.heads.replicas.values()],
         "gradients": [parameter.grad for parameter in parameters],
         "optimizer_state": [t for parameter in parameters for t in run.optimizer.moments(parameter).values()],
