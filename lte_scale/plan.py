@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import Any
 
 from lte_scale.config import check_topology, load_config
 from lte_scale.estimate import SCOPES, Plan, by_scope, make_plan, path_rows
+from lte_scale.link import Forecast, forecast
 from lte_scale.traffic import Traffic
 
 
@@ -19,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example merge.every=50")
     parser.add_argument("--nodes", type=int, default=1, metavar="K", help="nodes of the run (default 1)")
     parser.add_argument("--ranks-per-node", type=int, default=1, metavar="G", help="ranks in a node (default 1)")
+    parser.add_argument(
+        "--link-gbit", type=float, metavar="X", help="Gbit/s of a node's network link: predict the time on it"
+    )
+    parser.add_argument(
+        "--step-seconds", type=float, metavar="S", help="measured time of a step, to predict rates and waiting"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -33,14 +41,31 @@ def run(args: argparse.Namespace) -> int:
     for option, value in (("--nodes", args.nodes), ("--ranks-per-node", args.ranks_per_node)):
         if value < 1:
             raise ValueError(f"{option}: {value} is too small; give a number from 1 on")
+    _check_link(args.link_gbit, args.step_seconds)
     check_topology(config, args.nodes, args.ranks_per_node)
     plan = make_plan(config, nodes=args.nodes, ranks_per_node=args.ranks_per_node)
-    print(json.dumps(as_object(plan), indent=2) if args.json else "\n".join(lines(plan)))
+    found = _forecast(plan, args.link_gbit, args.step_seconds) if args.link_gbit is not None else None
+    print(json.dumps(as_object(plan, found), indent=2) if args.json else "\n".join(lines(plan, found)))
     return 0
 
 
-def as_object(plan: Plan) -> dict[str, Any]:
-    """The plan for `--json`: bytes as integers, traffic per node as scope -> purpose -> bytes."""
+def _check_link(gbit: float | None, step_seconds: float | None) -> None:
+    for option, value in (("--link-gbit", gbit), ("--step-seconds", step_seconds)):
+        if value is not None and not (0 < value < math.inf):
+            raise ValueError(f"{option}: {value:g} is no such number; give one above 0")
+    if step_seconds is not None and gbit is None:
+        raise ValueError(f"--step-seconds: {step_seconds:g} without --link-gbit; give the bandwidth of a node's link")
+
+
+def _forecast(plan: Plan, gbit: float, step_seconds: float | None) -> Forecast:
+    delay, fragments = 0, 1  # the exchange between nodes is waited for, all of it at once
+    return forecast(
+        plan.arrangement, plan.full_rank, gbit=gbit, step_seconds=step_seconds, delay=delay, fragments=fragments
+    )
+
+
+def as_object(plan: Plan, found: Forecast | None = None) -> dict[str, Any]:
+    """The plan for `--json`: bytes as integers, traffic per node as scope -> purpose -> bytes; `link` if forecast."""
     a = plan.arrangement
     shapes, topology = a.shapes, a.topology
     traffic = {
@@ -72,6 +97,7 @@ def as_object(plan: Plan) -> dict[str, Any]:
             }
             for method in plan.methods
         ],
+        **({"link": asdict(found)} if found else {}),
     }
 
 
@@ -79,13 +105,15 @@ def _nested(traffic: Traffic) -> dict[str, dict[str, int]]:
     return {scope: {p: sent for (of, p), sent in sorted(traffic.items()) if of == scope} for scope in SCOPES}
 
 
-def lines(plan: Plan) -> Iterator[str]:
+def lines(plan: Plan, found: Forecast | None = None) -> Iterator[str]:
     """The plan as text."""
     yield from _heading(plan)
     yield from _memory_lines(plan)
     yield from _traffic_lines(plan)
     yield from _path_lines(plan)
     yield from _comparison_lines(plan)
+    if found:
+        yield from _link_lines(found)
 
 
 def _heading(plan: Plan) -> Iterator[str]:
@@ -150,11 +178,12 @@ def _path_lines(plan: Plan) -> Iterator[str]:
     width = max(len("layers"), *(len(row.layers) for row in rows)) + 2
     yield ""
     yield "Path of each layer in a global merge, and the bytes that leave a node on either"
-    yield f"  {'layers':<{width}}{'weight':>12}{'rank':>6}{'count':>7}  {'path':<7}{'factor':>11}{'dense':>11}"
+    titles = f"{'rank':>6}{'count':>7}  {'path':<7}{'factor':>11}{'dense':>11}{'dense from':>14}"
+    yield f"  {'layers':<{width}}{'weight':>12}{titles}"
     for row in rows:
         yield (
             f"  {row.layers:<{width}}{f'{row.out}x{row.into}':>12}{row.rank:>6}{f'x{row.count}':>7}  {row.path:<7}"
-            f"{_size(row.factor_bytes):>11}{_size(row.dense_bytes):>11}"
+            f"{_size(row.factor_bytes):>11}{_size(row.dense_bytes):>11}{f'{row.dense_from:,} nodes':>14}"
         )
 
 
@@ -170,6 +199,46 @@ def _comparison_lines(plan: Plan) -> Iterator[str]:
             f"{_size(inter):>14}{_ratio(inter, lte.sent_per_step['inter_node']):>8}"
             f"{_size(inter / plan.images_per_node_step):>12}{_size(intra):>14}"
         )
+
+
+def _link_lines(found: Forecast) -> Iterator[str]:
+    yield ""
+    yield (
+        f"On links of {found.link_gbit:g} Gbit/s, {found.payload_share:.0%} of it payload; delay {found.delay}, "
+        f"fragments {found.fragments}; full-rank training with bf16 gradients"
+    )
+    titles = f"{'a step':>11}{'a window':>11}{'on the link':>13}{'average rate':>15}{'peak rate':>15}"
+    yield f"  {'':<18}{titles}{'waits a window':>16}{'of step time':>14}"
+    for row in found.methods:
+        yield (
+            f"  {row.name:<18}{_size(row.step_bytes):>11}{_size(row.window_bytes):>11}{_seconds(row.link_seconds):>13}"
+            f"{_rate(row.average_gbit):>15}{_rate(row.peak_gbit):>15}{_seconds(row.stall_seconds):>16}"
+            f"{_share(row.stall_share):>14}"
+        )
+    yield "  (on the link: an exchange, or a step where there is none; a step's bytes hidden as far as one step can)"
+    if found.step_seconds is None or found.hiding_delay is None:
+        yield "  (rates and waiting need --step-seconds)"
+        return
+    yield (
+        f"  steps of {_seconds(found.step_seconds)}: a delay of {found.hiding_delay} hides LTE's exchange; this "
+        f"configuration has room for {found.longest_delay}"
+    )
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g} s" if value >= 1 or value == 0 else f"{1000 * value:.3g} ms"
+
+
+def _share(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if value < 2 else f"{value:.1f} x"
+
+
+def _rate(gbit: float | None) -> str:
+    return "-" if gbit is None else f"{gbit:.3g} Gbit/s"
 
 
 def _ratio(value: float, of: float) -> str:

@@ -28,6 +28,7 @@ LAYERS: dict[int, set[str]] = {
         "plan",
         "preflight",
         "estimate",
+        "link",
         "export",
         "cli",
         "__main__",
