@@ -120,7 +120,7 @@ def _heading(plan: Plan) -> Iterator[str]:
     a = plan.arrangement
     c, t, shapes = a.config, a.topology, a.shapes
     parameters, factors, replicas = (
-        _size(values, "") for values in (shapes.values, shapes.factor_values, shapes.replica_values)
+        size(values, "") for values in (shapes.values, shapes.factor_values, shapes.replica_values)
     )
     yield (
         f"{c.model.name} at {c.model.image_size} px: {parameters} parameters; a head trains {factors} (factors) "
@@ -138,7 +138,7 @@ def _heading(plan: Plan) -> Iterator[str]:
         f"every {c.merge.every} steps{local}{sent}; {c.adapters.mode}, outer {c.merge.outer}"
     )
     yield (
-        f"FLOPs per image and training step: LTE {_size(plan.flops, '')}, full-rank {_size(plan.full_rank_flops, '')} "
+        f"FLOPs per image and training step: LTE {size(plan.flops, '')}, full-rank {size(plan.full_rank_flops, '')} "
         f"({plan.flops / plan.full_rank_flops:.2f})"
     )
 
@@ -148,9 +148,9 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
     for field in fields(plan.memory):
         size = getattr(plan.memory, field.name)
         if size:
-            yield f"  {field.name.replace('_', ' '):<34}{_size(size):>12}"
-    yield f"  {'total (without cpu)' if plan.memory.cpu else 'total':<34}{_size(plan.memory.total):>12}"
-    kept, checkpointed = (_size(plan.activations[name]) for name in ("kept", "checkpointed"))
+            yield f"  {field.name.replace('_', ' '):<34}{size(size):>12}"
+    yield f"  {'total (without cpu)' if plan.memory.cpu else 'total':<34}{size(plan.memory.total):>12}"
+    kept, checkpointed = (size(plan.activations[name]) for name in ("kept", "checkpointed"))
     yield f"  (activations: {kept}, or {checkpointed} with train.checkpoint_activations)"
 
 
@@ -165,12 +165,12 @@ def _traffic_lines(plan: Plan) -> Iterator[str]:
     rows += [("global merge", plan.global_merge), (f"window of {a.config.merge.every} steps", plan.window)]
     for title, traffic in rows:
         sent = by_scope(traffic)
-        yield f"  {title:<34}{_size(sent['inter_node']):>12}{_size(sent['intra_node']):>12}"
+        yield f"  {title:<34}{size(sent['inter_node']):>12}{size(sent['intra_node']):>12}"
         purposes = {purpose for _, purpose in traffic} if title != rows[-1][0] else set()
         for purpose in sorted(purposes):
             inter, intra = (traffic[scope, purpose] for scope in SCOPES)
-            yield f"    {purpose:<32}{_size(inter):>12}{_size(intra):>12}"
-    yield f"  {'per image':<34}{_size(plan.per_image('inter_node')):>12}{_size(plan.per_image('intra_node')):>12}"
+            yield f"    {purpose:<32}{size(inter):>12}{size(intra):>12}"
+    yield f"  {'per image':<34}{size(plan.per_image('inter_node')):>12}{size(plan.per_image('intra_node')):>12}"
 
 
 def _path_lines(plan: Plan) -> Iterator[str]:
@@ -183,7 +183,7 @@ def _path_lines(plan: Plan) -> Iterator[str]:
     for row in rows:
         yield (
             f"  {row.layers:<{width}}{f'{row.out}x{row.into}':>12}{row.rank:>6}{f'x{row.count}':>7}  {row.path:<7}"
-            f"{_size(row.factor_bytes):>11}{_size(row.dense_bytes):>11}{f'{row.dense_from:,} nodes':>14}"
+            f"{size(row.factor_bytes):>11}{size(row.dense_bytes):>11}{f'{row.dense_from:,} nodes':>14}"
         )
 
 
@@ -195,9 +195,9 @@ def _comparison_lines(plan: Plan) -> Iterator[str]:
     for method in plan.methods:
         inter, intra = (method.sent_per_step[scope] for scope in SCOPES)
         yield (
-            f"  {method.name:<18}{_size(method.memory_total):>12}{_ratio(method.memory_total, lte.memory_total):>8}"
-            f"{_size(inter):>14}{_ratio(inter, lte.sent_per_step['inter_node']):>8}"
-            f"{_size(inter / plan.images_per_node_step):>12}{_size(intra):>14}"
+            f"  {method.name:<18}{size(method.memory_total):>12}{_ratio(method.memory_total, lte.memory_total):>8}"
+            f"{size(inter):>14}{_ratio(inter, lte.sent_per_step['inter_node']):>8}"
+            f"{size(inter / plan.images_per_node_step):>12}{size(intra):>14}"
         )
 
 
@@ -211,30 +211,34 @@ def _link_lines(found: Forecast) -> Iterator[str]:
     yield f"  {'':<18}{titles}{'waits a window':>16}{'of step time':>14}"
     for row in found.methods:
         yield (
-            f"  {row.name:<18}{_size(row.step_bytes):>11}{_size(row.window_bytes):>11}{_seconds(row.link_seconds):>13}"
-            f"{_rate(row.average_gbit):>15}{_rate(row.peak_gbit):>15}{_seconds(row.stall_seconds):>16}"
-            f"{_share(row.stall_share):>14}"
+            f"  {row.name:<18}{size(row.step_bytes):>11}{size(row.window_bytes):>11}{seconds(row.link_seconds):>13}"
+            f"{_rate(row.average_gbit):>15}{_rate(row.peak_gbit):>15}{seconds(row.stall_seconds):>16}"
+            f"{share(row.stall_share):>14}"
         )
     yield "  (on the link: an exchange, or a step where there is none; a step's bytes hidden as far as one step can)"
     if found.step_seconds is None or found.hiding_delay is None:
         yield "  (rates and waiting need --step-seconds)"
         return
     yield (
-        f"  steps of {_seconds(found.step_seconds)}: a delay of {found.hiding_delay} hides LTE's exchange; this "
+        f"  steps of {seconds(found.step_seconds)}: a delay of {found.hiding_delay} hides LTE's exchange; this "
         f"configuration has room for {found.longest_delay}"
     )
 
 
-def _seconds(value: float | None) -> str:
+def seconds(value: float | None) -> str:
+    """A time in s or ms, three digits of it."""
     if value is None:
         return "-"
+    if value >= 100:
+        return f"{value:,.0f} s"
     return f"{value:.3g} s" if value >= 1 or value == 0 else f"{1000 * value:.3g} ms"
 
 
-def _share(value: float | None) -> str:
+def share(value: float | None) -> str:
+    """A ratio in percent, or as a multiple where it is large."""
     if value is None:
         return "-"
-    return f"{value:.1%}" if value < 2 else f"{value:.1f} x"
+    return f"{value:.1%}" if value < 1 else f"{value:.3g} x"
 
 
 def _rate(gbit: float | None) -> str:
@@ -245,7 +249,8 @@ def _ratio(value: float, of: float) -> str:
     return f"{value / of:.2f}" if of else "-"
 
 
-def _size(count: float, unit: str = "B") -> str:
+def size(count: float, unit: str = "B") -> str:
+    """A count with a decimal prefix, three digits of it."""
     if count < 999.5:
         return f"{count:.0f} {unit}"
     for prefix in "kMG":

@@ -1,11 +1,10 @@
-"""What leaves a node, when and for how long: our figures against the kernel's, on throttled links between namespaces."""
+"""What leaves a node, when and for how long: our figures against the kernel's, on throttled links of namespaces."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 from itertools import pairwise
@@ -83,12 +82,13 @@ def test_the_time_on_the_link_is_what_plan_predicts(
 
     command = [sys.executable, str(ROOT / "launchers" / "emulate.py"), "--nodes", "2", "--ranks-per-node", "1"]
     command += ["--link-mbit", "100", "--", "train", *run, f"run_dir={tmp_path / 'run'}", "data.val=", "metrics.port=0"]
-    command += ["checkpoint.every=0", "train.duration=8", "metrics.every=2"]
+    command += ["checkpoint.every=0", "train.duration=12", "metrics.every=2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     merges = [after["merge_seconds"] - before["merge_seconds"] for before, after in pairwise(records)]
-    assert len(merges) == 3  # without the first, in which the ranks connect
-    # Whole merges: what is not the link, a few matrix products, takes a hundredth of it. The same run's merges on a
-    # fast link are not that rest: copying 28 MB through the kernel takes long there, and here hides under the link.
-    assert statistics.median(merges) == pytest.approx(predicted, rel=0.2)
+    assert len(merges) == 5  # without the first, in which the ranks connect
+    # The fastest, since other work on the machine only adds; whole, since what is not the link, a few matrix products,
+    # is a few percent. The same merges on a fast link are not that rest: there the kernel's copying of 28 MB counts,
+    # which here hides under the link.
+    assert min(merges) == pytest.approx(predicted, rel=0.2)
