@@ -26,7 +26,7 @@ from lte_scale.cost import Layer, Shapes
 from lte_scale.estimate import make_plan, path_rows
 from lte_scale.link import Demand, Link, full_rank_demands, hiding_delay, lte_demand, predict
 from lte_scale.memory import memory
-from lte_scale.plan import seconds, share, size
+from lte_scale.quantities import seconds, share, size
 from lte_scale.topology import Topology
 
 ROOT = Path(__file__).resolve().parent.parent

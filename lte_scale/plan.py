@@ -12,6 +12,7 @@ from typing import Any
 from lte_scale.config import check_topology, load_config
 from lte_scale.estimate import SCOPES, Plan, by_scope, make_plan, path_rows
 from lte_scale.link import Forecast, forecast
+from lte_scale.quantities import rate, seconds, share, size
 from lte_scale.traffic import Traffic
 
 
@@ -146,9 +147,9 @@ def _heading(plan: Plan) -> Iterator[str]:
 def _memory_lines(plan: Plan) -> Iterator[str]:
     yield from ("", "Memory per rank")
     for field in fields(plan.memory):
-        size = getattr(plan.memory, field.name)
-        if size:
-            yield f"  {field.name.replace('_', ' '):<34}{size(size):>12}"
+        held = getattr(plan.memory, field.name)
+        if held:
+            yield f"  {field.name.replace('_', ' '):<34}{size(held):>12}"
     yield f"  {'total (without cpu)' if plan.memory.cpu else 'total':<34}{size(plan.memory.total):>12}"
     kept, checkpointed = (size(plan.activations[name]) for name in ("kept", "checkpointed"))
     yield f"  (activations: {kept}, or {checkpointed} with train.checkpoint_activations)"
@@ -212,7 +213,7 @@ def _link_lines(found: Forecast) -> Iterator[str]:
     for row in found.methods:
         yield (
             f"  {row.name:<18}{size(row.step_bytes):>11}{size(row.window_bytes):>11}{seconds(row.link_seconds):>13}"
-            f"{_rate(row.average_gbit):>15}{_rate(row.peak_gbit):>15}{seconds(row.stall_seconds):>16}"
+            f"{rate(row.average_gbit):>15}{rate(row.peak_gbit):>15}{seconds(row.stall_seconds):>16}"
             f"{share(row.stall_share):>14}"
         )
     yield "  (on the link: an exchange, or a step where there is none; a step's bytes hidden as far as one step can)"
@@ -225,36 +226,5 @@ def _link_lines(found: Forecast) -> Iterator[str]:
     )
 
 
-def seconds(value: float | None) -> str:
-    """A time in s or ms, three digits of it."""
-    if value is None:
-        return "-"
-    if value >= 100:
-        return f"{value:,.0f} s"
-    return f"{value:.3g} s" if value >= 1 or value == 0 else f"{1000 * value:.3g} ms"
-
-
-def share(value: float | None) -> str:
-    """A ratio in percent, or as a multiple where it is large."""
-    if value is None:
-        return "-"
-    return f"{value:.1%}" if value < 1 else f"{value:.3g} x"
-
-
-def _rate(gbit: float | None) -> str:
-    return "-" if gbit is None else f"{gbit:.3g} Gbit/s"
-
-
 def _ratio(value: float, of: float) -> str:
     return f"{value / of:.2f}" if of else "-"
-
-
-def size(count: float, unit: str = "B") -> str:
-    """A count with a decimal prefix, three digits of it."""
-    if count < 999.5:
-        return f"{count:.0f} {unit}"
-    for prefix in "kMG":
-        count /= 1000
-        if count < 999.5:
-            return f"{count:.2f} {prefix}{unit}"
-    return f"{count / 1000:.2f} T{unit}"
