@@ -83,6 +83,7 @@ dashboards: venv
 docs: venv
 	$(BIN)/python -m lte_scale.config.reference > docs/configuration.md
 	$(BIN)/python -m lte_scale.metrics.catalogue > docs/metrics.md
+	$(BIN)/python benchmarks/scaling.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -26,6 +26,7 @@ class FullRank:
         blocks: parameters of each block; the rest is gathered with the model.
         activations: bytes with weights handed over in the compute type; `autocast` with those that autocast casts.
         every: steps between DiLoCo's outer steps.
+        sent_gradient_bytes: of a gradient on its way to other ranks.
     """
 
     values: int
@@ -37,6 +38,7 @@ class FullRank:
     every: int
     moving_average: bool
     bucket_bytes: int
+    sent_gradient_bytes: int = _GRADIENT
 
     @property
     def outside(self) -> int:
@@ -66,18 +68,18 @@ def baselines(model: FullRank, topology: Topology) -> list[Method]:
     return [_ddp(model, topology), _fsdp(model, topology), _diloco(model, topology)]
 
 
-def ddp_traffic(values: int, topology: Topology) -> dict[Scope, float]:
-    """Bytes that a node sends per step of full-rank DDP with fp32 gradients, for a model of so many parameters."""
+def ddp_traffic(values: int, topology: Topology, *, gradient_bytes: int = _GRADIENT) -> dict[Scope, float]:
+    """Bytes that a node sends per step of full-rank DDP, in fp32 unless said, for a model of so many parameters."""
 
     def step(links: Links) -> None:
-        links.all_reduce(links.world, "gradient", _GRADIENT * values)
+        links.all_reduce(links.world, "gradient", gradient_bytes * values)
 
     return _per_step(topology, step)
 
 
 def _ddp(m: FullRank, t: Topology) -> Method:
     memory = {"state": m.state * m.values, "activations": m.autocast_activations}
-    return Method("full-rank DDP", memory, ddp_traffic(m.values, t))
+    return Method("full-rank DDP", memory, ddp_traffic(m.values, t, gradient_bytes=m.sent_gradient_bytes))
 
 
 def _fsdp(m: FullRank, t: Topology) -> Method:
@@ -112,13 +114,13 @@ def _sharding_memory(m: FullRank) -> dict[str, int]:
 
 
 def _sharded_step(m: FullRank, links: Links, group: list[int]) -> None:
-    """ZeRO-3: gathered for forward and for backward, gradients reduced in fp32, in every micro-step."""
+    """ZeRO-3: gathered for forward and for backward, gradients reduced, in every micro-step."""
     for _ in range(m.accumulate):
         for values in (m.outside, *m.blocks):
             part = _part(values, len(group))
             links.all_gather(group, "base", m.compute_bytes * part)
             links.all_gather(group, "base", m.compute_bytes * part)
-            links.reduce_scatter(group, "gradient", _GRADIENT * part * len(group))
+            links.reduce_scatter(group, "gradient", m.sent_gradient_bytes * part * len(group))
 
 
 def _per_step(topology: Topology, step: Callable[[Links], None]) -> dict[Scope, float]:

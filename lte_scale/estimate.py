@@ -19,6 +19,7 @@ from lte_scale.collectives import Scope
 from lte_scale.config.schema import Config
 from lte_scale.cost import saved_activations, shapes_of, step_flops, training_flops
 from lte_scale.engines.base import repeated_blocks
+from lte_scale.link import dense_from
 from lte_scale.memory import Memory, memory
 from lte_scale.model import Heads, attach, build
 from lte_scale.topology import Topology
@@ -42,6 +43,7 @@ class Plan:
         gather: gathering the base once.
         window: `merge.every` steps with their merges.
         methods: LTE first, then what it is held against.
+        full_rank: what the others train.
     """
 
     arrangement: Arrangement
@@ -55,6 +57,7 @@ class Plan:
     global_merge: Traffic
     window: Traffic
     methods: list[Method]
+    full_rank: FullRank
 
     @property
     def images_per_node_step(self) -> int:
@@ -98,6 +101,7 @@ def make_plan(config: Config, *, nodes: int, ranks_per_node: int) -> Plan:
         global_merge=of_node(a, lambda a, rank: merge_traffic(a, rank, everywhere=True)),
         window=window,
         methods=[Method("LTE", asdict(spent), average), *baselines(full_rank, topology)],
+        full_rank=full_rank,
     )
 
 
@@ -185,7 +189,11 @@ def by_scope(traffic: Traffic) -> dict[Scope, int]:
 
 @dataclass(frozen=True, slots=True)
 class PathRow:
-    """Layers of one kind: how they travel between nodes, and what each path would send per node and merge."""
+    """Layers of one kind: how they travel between nodes, and what each path would send per node and merge.
+
+    Attributes:
+        dense_from: the number of nodes from which the dense path sends no more than the factor path.
+    """
 
     layers: str
     out: int
@@ -195,6 +203,7 @@ class PathRow:
     count: int
     factor_bytes: int
     dense_bytes: int
+    dense_from: int
 
 
 def path_rows(a: Arrangement) -> list[PathRow]:
@@ -207,6 +216,16 @@ def path_rows(a: Arrangement) -> list[PathRow]:
     for (name, layer, path), count in groups.items():
         sent = a.path_bytes(layer)
         rows.append(
-            PathRow(name, layer.out, layer.into, layer.rank, path, count, count * sent["factor"], count * sent["dense"])
+            PathRow(
+                layers=name,
+                out=layer.out,
+                into=layer.into,
+                rank=layer.rank,
+                path=path,
+                count=count,
+                factor_bytes=count * sent["factor"],
+                dense_bytes=count * sent["dense"],
+                dense_from=dense_from(a, layer),
+            )
         )
     return rows

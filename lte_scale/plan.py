@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import Any
 
 from lte_scale.config import check_topology, load_config
 from lte_scale.estimate import SCOPES, Plan, by_scope, make_plan, path_rows
+from lte_scale.link import Forecast, forecast
+from lte_scale.quantities import rate, seconds, share, size
 from lte_scale.traffic import Traffic
 
 
@@ -19,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example merge.every=50")
     parser.add_argument("--nodes", type=int, default=1, metavar="K", help="nodes of the run (default 1)")
     parser.add_argument("--ranks-per-node", type=int, default=1, metavar="G", help="ranks in a node (default 1)")
+    parser.add_argument(
+        "--link-gbit", type=float, metavar="X", help="Gbit/s of a node's network link: predict the time on it"
+    )
+    parser.add_argument(
+        "--step-seconds", type=float, metavar="S", help="measured time of a step, to predict rates and waiting"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -33,14 +42,31 @@ def run(args: argparse.Namespace) -> int:
     for option, value in (("--nodes", args.nodes), ("--ranks-per-node", args.ranks_per_node)):
         if value < 1:
             raise ValueError(f"{option}: {value} is too small; give a number from 1 on")
+    _check_link(args.link_gbit, args.step_seconds)
     check_topology(config, args.nodes, args.ranks_per_node)
     plan = make_plan(config, nodes=args.nodes, ranks_per_node=args.ranks_per_node)
-    print(json.dumps(as_object(plan), indent=2) if args.json else "\n".join(lines(plan)))
+    found = _forecast(plan, args.link_gbit, args.step_seconds) if args.link_gbit is not None else None
+    print(json.dumps(as_object(plan, found), indent=2) if args.json else "\n".join(lines(plan, found)))
     return 0
 
 
-def as_object(plan: Plan) -> dict[str, Any]:
-    """The plan for `--json`: bytes as integers, traffic per node as scope -> purpose -> bytes."""
+def _check_link(gbit: float | None, step_seconds: float | None) -> None:
+    for option, value in (("--link-gbit", gbit), ("--step-seconds", step_seconds)):
+        if value is not None and not (0 < value < math.inf):
+            raise ValueError(f"{option}: {value:g} is no such number; give one above 0")
+    if step_seconds is not None and gbit is None:
+        raise ValueError(f"--step-seconds: {step_seconds:g} without --link-gbit; give the bandwidth of a node's link")
+
+
+def _forecast(plan: Plan, gbit: float, step_seconds: float | None) -> Forecast:
+    delay, fragments = 0, 1  # the exchange between nodes is waited for, all of it at once
+    return forecast(
+        plan.arrangement, plan.full_rank, gbit=gbit, step_seconds=step_seconds, delay=delay, fragments=fragments
+    )
+
+
+def as_object(plan: Plan, found: Forecast | None = None) -> dict[str, Any]:
+    """The plan for `--json`: bytes as integers, traffic per node as scope -> purpose -> bytes; `link` if forecast."""
     a = plan.arrangement
     shapes, topology = a.shapes, a.topology
     traffic = {
@@ -72,6 +98,7 @@ def as_object(plan: Plan) -> dict[str, Any]:
             }
             for method in plan.methods
         ],
+        **({"link": asdict(found)} if found else {}),
     }
 
 
@@ -79,20 +106,22 @@ def _nested(traffic: Traffic) -> dict[str, dict[str, int]]:
     return {scope: {p: sent for (of, p), sent in sorted(traffic.items()) if of == scope} for scope in SCOPES}
 
 
-def lines(plan: Plan) -> Iterator[str]:
+def lines(plan: Plan, found: Forecast | None = None) -> Iterator[str]:
     """The plan as text."""
     yield from _heading(plan)
     yield from _memory_lines(plan)
     yield from _traffic_lines(plan)
     yield from _path_lines(plan)
     yield from _comparison_lines(plan)
+    if found:
+        yield from _link_lines(found)
 
 
 def _heading(plan: Plan) -> Iterator[str]:
     a = plan.arrangement
     c, t, shapes = a.config, a.topology, a.shapes
     parameters, factors, replicas = (
-        _size(values, "") for values in (shapes.values, shapes.factor_values, shapes.replica_values)
+        size(values, "") for values in (shapes.values, shapes.factor_values, shapes.replica_values)
     )
     yield (
         f"{c.model.name} at {c.model.image_size} px: {parameters} parameters; a head trains {factors} (factors) "
@@ -110,7 +139,7 @@ def _heading(plan: Plan) -> Iterator[str]:
         f"every {c.merge.every} steps{local}{sent}; {c.adapters.mode}, outer {c.merge.outer}"
     )
     yield (
-        f"FLOPs per image and training step: LTE {_size(plan.flops, '')}, full-rank {_size(plan.full_rank_flops, '')} "
+        f"FLOPs per image and training step: LTE {size(plan.flops, '')}, full-rank {size(plan.full_rank_flops, '')} "
         f"({plan.flops / plan.full_rank_flops:.2f})"
     )
 
@@ -118,11 +147,11 @@ def _heading(plan: Plan) -> Iterator[str]:
 def _memory_lines(plan: Plan) -> Iterator[str]:
     yield from ("", "Memory per rank")
     for field in fields(plan.memory):
-        size = getattr(plan.memory, field.name)
-        if size:
-            yield f"  {field.name.replace('_', ' '):<34}{_size(size):>12}"
-    yield f"  {'total (without cpu)' if plan.memory.cpu else 'total':<34}{_size(plan.memory.total):>12}"
-    kept, checkpointed = (_size(plan.activations[name]) for name in ("kept", "checkpointed"))
+        held = getattr(plan.memory, field.name)
+        if held:
+            yield f"  {field.name.replace('_', ' '):<34}{size(held):>12}"
+    yield f"  {'total (without cpu)' if plan.memory.cpu else 'total':<34}{size(plan.memory.total):>12}"
+    kept, checkpointed = (size(plan.activations[name]) for name in ("kept", "checkpointed"))
     yield f"  (activations: {kept}, or {checkpointed} with train.checkpoint_activations)"
 
 
@@ -137,12 +166,12 @@ def _traffic_lines(plan: Plan) -> Iterator[str]:
     rows += [("global merge", plan.global_merge), (f"window of {a.config.merge.every} steps", plan.window)]
     for title, traffic in rows:
         sent = by_scope(traffic)
-        yield f"  {title:<34}{_size(sent['inter_node']):>12}{_size(sent['intra_node']):>12}"
+        yield f"  {title:<34}{size(sent['inter_node']):>12}{size(sent['intra_node']):>12}"
         purposes = {purpose for _, purpose in traffic} if title != rows[-1][0] else set()
         for purpose in sorted(purposes):
             inter, intra = (traffic[scope, purpose] for scope in SCOPES)
-            yield f"    {purpose:<32}{_size(inter):>12}{_size(intra):>12}"
-    yield f"  {'per image':<34}{_size(plan.per_image('inter_node')):>12}{_size(plan.per_image('intra_node')):>12}"
+            yield f"    {purpose:<32}{size(inter):>12}{size(intra):>12}"
+    yield f"  {'per image':<34}{size(plan.per_image('inter_node')):>12}{size(plan.per_image('intra_node')):>12}"
 
 
 def _path_lines(plan: Plan) -> Iterator[str]:
@@ -150,11 +179,12 @@ def _path_lines(plan: Plan) -> Iterator[str]:
     width = max(len("layers"), *(len(row.layers) for row in rows)) + 2
     yield ""
     yield "Path of each layer in a global merge, and the bytes that leave a node on either"
-    yield f"  {'layers':<{width}}{'weight':>12}{'rank':>6}{'count':>7}  {'path':<7}{'factor':>11}{'dense':>11}"
+    titles = f"{'rank':>6}{'count':>7}  {'path':<7}{'factor':>11}{'dense':>11}{'dense from':>14}"
+    yield f"  {'layers':<{width}}{'weight':>12}{titles}"
     for row in rows:
         yield (
             f"  {row.layers:<{width}}{f'{row.out}x{row.into}':>12}{row.rank:>6}{f'x{row.count}':>7}  {row.path:<7}"
-            f"{_size(row.factor_bytes):>11}{_size(row.dense_bytes):>11}"
+            f"{size(row.factor_bytes):>11}{size(row.dense_bytes):>11}{f'{row.dense_from:,} nodes':>14}"
         )
 
 
@@ -166,21 +196,35 @@ def _comparison_lines(plan: Plan) -> Iterator[str]:
     for method in plan.methods:
         inter, intra = (method.sent_per_step[scope] for scope in SCOPES)
         yield (
-            f"  {method.name:<18}{_size(method.memory_total):>12}{_ratio(method.memory_total, lte.memory_total):>8}"
-            f"{_size(inter):>14}{_ratio(inter, lte.sent_per_step['inter_node']):>8}"
-            f"{_size(inter / plan.images_per_node_step):>12}{_size(intra):>14}"
+            f"  {method.name:<18}{size(method.memory_total):>12}{_ratio(method.memory_total, lte.memory_total):>8}"
+            f"{size(inter):>14}{_ratio(inter, lte.sent_per_step['inter_node']):>8}"
+            f"{size(inter / plan.images_per_node_step):>12}{size(intra):>14}"
         )
+
+
+def _link_lines(found: Forecast) -> Iterator[str]:
+    yield ""
+    yield (
+        f"On links of {found.link_gbit:g} Gbit/s, {found.payload_share:.0%} of it payload; delay {found.delay}, "
+        f"fragments {found.fragments}; full-rank training with bf16 gradients"
+    )
+    titles = f"{'a step':>11}{'a window':>11}{'on the link':>13}{'average rate':>15}{'peak rate':>15}"
+    yield f"  {'':<18}{titles}{'waits a window':>16}{'of step time':>14}"
+    for row in found.methods:
+        yield (
+            f"  {row.name:<18}{size(row.step_bytes):>11}{size(row.window_bytes):>11}{seconds(row.link_seconds):>13}"
+            f"{rate(row.average_gbit):>15}{rate(row.peak_gbit):>15}{seconds(row.stall_seconds):>16}"
+            f"{share(row.stall_share):>14}"
+        )
+    yield "  (on the link: an exchange, or a step where there is none; a step's bytes hidden as far as one step can)"
+    if found.step_seconds is None or found.hiding_delay is None:
+        yield "  (rates and waiting need --step-seconds)"
+        return
+    yield (
+        f"  steps of {seconds(found.step_seconds)}: a delay of {found.hiding_delay} hides LTE's exchange; this "
+        f"configuration has room for {found.longest_delay}"
+    )
 
 
 def _ratio(value: float, of: float) -> str:
     return f"{value / of:.2f}" if of else "-"
-
-
-def _size(count: float, unit: str = "B") -> str:
-    if count < 999.5:
-        return f"{count:.0f} {unit}"
-    for prefix in "kMG":
-        count /= 1000
-        if count < 999.5:
-            return f"{count:.2f} {prefix}{unit}"
-    return f"{count / 1000:.2f} T{unit}"
