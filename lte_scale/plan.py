@@ -59,9 +59,14 @@ def _check_link(gbit: float | None, step_seconds: float | None) -> None:
 
 
 def _forecast(plan: Plan, gbit: float, step_seconds: float | None) -> Forecast:
-    delay, fragments = 0, 1  # the exchange between nodes is waited for, all of it at once
+    cadence = plan.arrangement.cadence
     return forecast(
-        plan.arrangement, plan.full_rank, gbit=gbit, step_seconds=step_seconds, delay=delay, fragments=fragments
+        plan.arrangement,
+        plan.full_rank,
+        gbit=gbit,
+        step_seconds=step_seconds,
+        delay=cadence.delay,
+        fragments=cadence.fragments,
     )
 
 
@@ -133,6 +138,8 @@ def _heading(plan: Plan) -> Iterator[str]:
         f"per step, {images:,} per node"
     )
     local = f" (in the node {a.local_every})" if a.two_level else ""
+    local += f" in {a.cadence.fragments} fragments" if a.cadence.fragments > 1 else ""
+    local += f", {a.cadence.delay} steps under way" if a.cadence.delay else ""
     sent = "" if c.merge.precision == "fp32" else f", {c.merge.precision} between nodes"
     yield (
         f"base: scope {c.base.scope}, gather {c.base.gather}, engine {c.engine.name}, {c.train.precision}; merge "
