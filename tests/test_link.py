@@ -101,7 +101,8 @@ def test_without_a_step_time_there_are_bytes_and_seconds_alone() -> None:
 def test_what_lte_sends(path: str, of_weight: int) -> None:
     demand = lte_demand(arrangement(path=path))
     replicas = 2 * (2 * 3 * 4 * 5 // 4)  # each rank of the node five of the ten values
-    assert demand == Demand("LTE", 0, of_weight + replicas, every=10)
+    fingerprints = 2 * 3 * 8
+    assert demand == Demand("LTE", 0, of_weight + replicas + fingerprints, every=10)
 
 
 def test_one_base_over_all_nodes_crosses_the_link_in_every_step() -> None:
@@ -149,7 +150,8 @@ def test_no_number_of_nodes_sends_more_than_twice_the_weight(precision: str, val
     assert 8 < crossing < 64
     sent = {}
     for nodes in (2, 4, 8, crossing, 64, 512):
-        sent[nodes] = lte_demand(replace(a, topology=replace(a.topology, nodes=nodes))).exchange_bytes
+        fingerprints = 2 * (nodes - 1) * 8
+        sent[nodes] = lte_demand(replace(a, topology=replace(a.topology, nodes=nodes))).exchange_bytes - fingerprints
     replicas = 2 * 512 * (2 + 2) * 2  # at most: for each node a value and its scale, twice, from two ranks
     assert sent[8] > 3 * sent[2]
     assert max(sent.values()) < 2 * values + replicas
