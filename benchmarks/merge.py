@@ -1,0 +1,301 @@
+#!/usr/bin/env python3
+"""LTE against DDP, FSDP and DiLoCo on emulated nodes with slow links: bytes sent, images per second, time in merges.
+
+    sudo benchmarks/merge.py                                           everything: hours
+    sudo benchmarks/merge.py --nodes 2 --links 100 --rounds 1          a part of it
+    benchmarks/merge.py --accuracy --epochs 5 --seeds 0 1              top-1 on Fashion-MNIST, resumable
+
+Every node is a network namespace. Methods alternate in every round; the tables have medians and spreads. Writes
+benchmarks/results/merge.json (merge_accuracy.json) and the table of docs/merge.md. `--continue` keeps the runs that an
+interrupted call with the same settings has made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from merge_marks import told
+from merge_table import Run, accuracy_table, link_name, speed_table, write_between_marks
+
+from lte_scale.config import ConfigError, dump, load_config
+
+# What the two rows of LTE add to the configuration that all methods share.
+LTE = {
+    "lte_plain": ["merge.precision=bf16"],
+    "lte_full": ["merge.precision=int8"],
+}
+PEERS = ("ddp", "fsdp", "diloco")
+METHODS = (*PEERS, *LTE)
+
+MODEL = ["model.name=vit_small_patch16_224", "model.image_size=28", "model.channels=1"]
+MODEL += ["model.arguments={patch_size: 7}", "data.workers=0", "evaluate.every=0"]
+# For --accuracy: configs/vit_fashion.yaml with as many heads as ranks, and full-rank methods at their learning rate.
+GLOBAL_BATCH = 128
+FULL_RANK = ["optimizer.lr=1e-3"]
+# Every step of these costs the same; a window to warm up is for those that merge.
+WARM_UP_STEPS = {"ddp": 2, "fsdp": 2}
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+
+def refuse(arguments: argparse.Namespace) -> str:
+    """Why this cannot run here and what to do, or nothing."""
+    if "diloco" in arguments.methods and importlib.util.find_spec("torchft") is None:
+        return "diloco needs the package torchft: pip install 'lte-scale[bench]', or leave it out of --methods"
+    if arguments.accuracy:
+        if not (arguments.data or FASHION.exists()):
+            return f"--accuracy needs {FASHION}: apt-get install dataset-fashion-mnist, or give --data"
+        return ""
+    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    if missing:
+        return f"network namespaces need the command {missing[0]}: apt-get install iproute2"
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    return ""
+
+
+def shards(arguments: argparse.Namespace, folder: Path) -> Path:
+    """Write shards of Fashion-MNIST where it is installed, else of scikit-learn's digits, and return where."""
+    source = arguments.data or (str(FASHION) if FASHION.exists() else "digits")
+    command = [sys.executable, "-m", "lte_scale", "shards", source, str(folder / "shards")]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    return folder / "shards"
+
+
+def emulated(arguments: argparse.Namespace, nodes: int, link_mbit: float | None, words: Sequence[str]) -> str:
+    """Run `words` on emulated nodes; what it printed. `link_mbit` None: without network namespaces."""
+    command = [sys.executable, str(ROOT / "launchers" / "emulate.py"), "--nodes", str(nodes)]
+    command += ["--ranks-per-node", str(arguments.ranks_per_node)]
+    command += ["--link-mbit", f"{link_mbit:g}"] if link_mbit is not None else []
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run([*command, "--", *words], capture_output=True, text=True, check=False, env=environ)
+    if done.returncode:
+        sys.exit(f"{' '.join(words)}: failed\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def script(name: str) -> str:
+    return str(ROOT / "benchmarks" / name)
+
+
+def write_config(folder: Path, base: Path | None, overrides: Sequence[str]) -> Path:
+    """The configuration of one run in a file of `folder`, and its run directory there."""
+    path = folder / "config.yaml"
+    path.write_text(dump(load_config(base, [*overrides, f"run_dir={folder / 'run'}"])))
+    return path
+
+
+def measure(method: str, nodes: int, link: float | None, arguments: argparse.Namespace, data: Path) -> Run:
+    """One run of one method: its figures between two steps, whole windows apart."""
+    every, window_steps = arguments.every, arguments.every * arguments.windows
+    first = min(WARM_UP_STEPS.get(method, every), every)
+    last = first + window_steps
+    overrides = [*MODEL, f"data.train={data / 'train'}", f"train.batch_size={arguments.batch_size}"]
+    overrides += [f"merge.every={every}", f"metrics.every={every}", "checkpoint.every=0", "metrics.heads_every=0"]
+    # A window more than is looked at: a run ends with a checkpoint, and with merges that nobody can hide.
+    overrides += [f"train.duration={last + every}", *arguments.set, *LTE.get(method, ())]
+    limit = math.inf if link is None else link
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = write_config(folder, None, overrides)
+        if method in LTE:
+            words = [script("merge_lte.py"), str(first), str(last), "train", str(config)]
+        else:
+            words = [script("peers.py"), method, str(config), "--marks", str(first), str(last)]
+        output = emulated(arguments, nodes, limit, words)
+        figures = told(output)
+        if figures is None:
+            sys.exit(f"{method}: told no figures\n{output}")
+        if method in LTE:
+            figures["merge_seconds"] = merge_seconds(folder / "run" / "metrics.jsonl", first, last)
+    images = nodes * arguments.ranks_per_node * arguments.batch_size
+    return {"method": method, "nodes": nodes, "link_mbit": link, "images_per_step": images, **figures}
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def merge_seconds(path: Path, first: int, last: int) -> float:
+    """Seconds that rank 0 was held up in merges between two steps, by the run's own records."""
+    at = {record["step"]: record["merge_seconds"] for record in records(path)}
+    return float(at[last] - at[first])
+
+
+def train(method: str, seed: int, arguments: argparse.Namespace, data: Path, folder: Path) -> Run:
+    """One run of one method to its end: held-out accuracy."""
+    nodes = arguments.nodes[0]
+    overrides = [f"data={{train: {data / 'train'}, val: {data / 'val'}, workers: 0}}", "topology.heads_per_node=0"]
+    overrides += [f"train.batch_size={GLOBAL_BATCH // (nodes * arguments.ranks_per_node)}", f"seed={seed}"]
+    overrides += [f"train.duration={duration(arguments)}", *arguments.set]
+    overrides += LTE.get(method, FULL_RANK)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = write_config(folder, ROOT / "configs" / "vit_fashion.yaml", overrides)
+    figures: dict[str, Any] | None
+    if method in LTE:  # goes on from its last checkpoint
+        emulated(arguments, nodes, None, ["train", str(config)])
+        figures = records(folder / "run" / "metrics.jsonl")[-1]
+    else:
+        figures = told(emulated(arguments, nodes, None, [script("peers.py"), method, str(config)]))
+    if figures is None or "eval_top1" not in figures:
+        sys.exit(f"{method}: told no accuracy")
+    return {"method": method, "seed": seed, "eval_top1": figures["eval_top1"]}
+
+
+def duration(arguments: argparse.Namespace) -> str:
+    return f"{arguments.epochs:g}ep" if arguments.steps is None else str(arguments.steps)
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What must be the same for runs to be in one table."""
+    shared = {"ranks_per_node": arguments.ranks_per_node, "set": arguments.set, "lte": LTE, "data": arguments.data}
+    if arguments.accuracy:
+        return {**shared, "duration": duration(arguments), "nodes": arguments.nodes[0], "global_batch": GLOBAL_BATCH}
+    windows = {"merge_every": arguments.every, "windows": arguments.windows}
+    return {**shared, **windows, "batch_size_per_rank": arguments.batch_size, "model": MODEL}
+
+
+def about(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Command, place and time of a benchmark."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT).stdout
+    names = [name for name in ("torch", "timm", "torchft") if importlib.util.find_spec(name)]
+    return {
+        "command": f"benchmarks/merge.py {' '.join(sys.argv[1:])}".strip(),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.strip(),
+        "hardware": hardware(),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "settings": settings(arguments),
+    }
+
+
+def hardware() -> str:
+    """Cores and name of the processor."""
+    text = Path("/proc/cpuinfo").read_text()
+    name = next((line.split(":")[1].strip() for line in text.splitlines() if "model name" in line), platform.machine())
+    return f"{os.cpu_count()} cores, {name}"
+
+
+def kept(path: Path, arguments: argparse.Namespace) -> list[Run]:
+    """The runs in `path`, if they were made with these settings."""
+    if not path.exists():
+        return []
+    result = json.loads(path.read_text())
+    runs: list[Run] = result["runs"]
+    return runs if result["settings"] == settings(arguments) else []
+
+
+def save(path: Path, runs: list[Run], arguments: argparse.Namespace) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**about(arguments), "runs": runs}, indent=1) + "\n")
+
+
+def speed(arguments: argparse.Namespace) -> None:
+    """Rounds of all methods on all numbers of nodes and links; the table."""
+    path = arguments.out / "merge.json"
+    runs = kept(path, arguments) if arguments.go_on else []
+    made = {(run["round"], run["nodes"], run["link_mbit"], run["method"]) for run in runs}
+    plan = itertools.product(range(1, arguments.rounds + 1), arguments.nodes, arguments.links, arguments.methods)
+    with tempfile.TemporaryDirectory() as folder:
+        data = shards(arguments, Path(folder))
+        for number, nodes, link, method in plan:
+            if (number, nodes, link, method) in made:
+                continue
+            run = {"round": number, **measure(method, nodes, link, arguments, data)}
+            runs.append(run)
+            save(path, runs, arguments)
+            print(f"round {number}: {nodes} nodes, {link_name(link)}: {run}", flush=True)
+    publish(arguments, "merge", speed_table(runs), f"{arguments.rounds} rounds")
+
+
+def accuracy(arguments: argparse.Namespace) -> None:
+    """All methods and seeds to the same number of samples; the table. What is done is not done again."""
+    path = arguments.out / "merge_accuracy.json"
+    runs = kept(path, arguments)
+    made = {(run["seed"], run["method"]) for run in runs}
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    data = arguments.work / "shards"
+    if not data.exists():
+        shards(arguments, arguments.work)
+    for seed, method in itertools.product(arguments.seeds, arguments.methods):
+        if (seed, method) in made:
+            continue
+        folder = arguments.work / f"{method}_{seed}_{duration(arguments)}"
+        runs.append(train(method, seed, arguments, data, folder))
+        save(path, runs, arguments)
+        print(runs[-1], flush=True)
+    samples = f"{duration(arguments)} of Fashion-MNIST, {GLOBAL_BATCH} images per step"
+    publish(arguments, "merge_accuracy", accuracy_table(runs), samples)
+
+
+def publish(arguments: argparse.Namespace, name: str, table: str, what: str) -> None:
+    """Print a table with what it was made by; put it on the page if the results are kept in their place."""
+    facts = about(arguments)
+    versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
+    text = f"{table}\n\n`{facts['command']}`: {what}; {facts['hardware']}; {versions}; {facts['date']}."
+    print(text)
+    if arguments.out == RESULTS:
+        write_between_marks(name, text)
+
+
+def link(text: str) -> float | None:
+    """Mbit/s, or None for `none`."""
+    if text == "none":
+        return None
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--nodes", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--links", nargs="+", type=link, default=[100.0, 1000.0, None], help="Mbit/s, or none")
+    parser.add_argument("--ranks-per-node", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--every", type=int, default=16, help="steps between merges, of DiLoCo too")
+    parser.add_argument("--windows", type=int, default=2, help="of so many steps, that are measured")
+    parser.add_argument("--batch-size", type=int, default=8, help="images per rank and step")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration of all methods")
+    parser.add_argument("--data", default="", help="what `lte-scale shards` reads; default Fashion-MNIST, else digits")
+    parser.add_argument("--continue", dest="go_on", action="store_true", help="keep the runs of an interrupted call")
+    parser.add_argument("--accuracy", action="store_true", help="train to the end, on the first of --nodes")
+    parser.add_argument("--epochs", type=float, default=5.0)
+    parser.add_argument("--steps", type=int, help="instead of --epochs")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "merge_accuracy", help="where --accuracy trains")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    if reason := refuse(arguments):
+        sys.exit(f"benchmarks/merge.py: {reason}")
+    try:
+        (accuracy if arguments.accuracy else speed)(arguments)
+    except ConfigError as error:
+        sys.exit(f"benchmarks/merge.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
