@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from lte_scale.cadence import Cadence
 from lte_scale.codec import Codec
 from lte_scale.config.schema import Config
 from lte_scale.cost import Layer, Shapes
@@ -46,10 +47,11 @@ class Ownership:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Weights on one path that travel as one message."""
+    """Weights of one fragment on one path that travel as one message."""
 
     path: Path
     names: tuple[str, ...]
+    fragment: int = 0
 
 
 def length(part: Slice) -> int:
@@ -65,13 +67,22 @@ class Arrangement:
     topology: Topology
     config: Config
 
+    @cached_property
+    def cadence(self) -> Cadence:
+        return Cadence.of(self.config.merge)
+
     @property
     def local_every(self) -> int:
-        return self.config.merge.local_every or self.config.merge.every
+        return self.cadence.local_every
 
     @property
     def two_level(self) -> bool:
-        return self.local_every < self.config.merge.every
+        return self.local_every < self.cadence.every
+
+    @property
+    def roaming(self) -> bool:
+        """A node's weights move on their own between global merges, or while one is under way."""
+        return self.two_level or self.cadence.delay > 0
 
     @property
     def resetless(self) -> bool:
@@ -114,12 +125,12 @@ class Arrangement:
     @property
     def separate(self) -> bool:
         """The master is another tensor than the engine's shards."""
-        return self.two_level or self.folded or self.refined
+        return self.roaming or self.folded or self.refined
 
     @property
     def merges_sent(self) -> int:
         """Sets of factors that a global merge on the factor path sends: one per merge of the window (reset)."""
-        return 1 if self.resetless else self.config.merge.every // self.local_every
+        return 1 if self.resetless else self.cadence.every // self.local_every
 
     @property
     def engine_ranks(self) -> int:
@@ -180,17 +191,26 @@ class Arrangement:
         return "factor" if sent["factor"] < sent["dense"] else "dense"
 
     @cached_property
+    def fragment_of(self) -> dict[str, int]:
+        """The fragment of every weight: runs of layers, in the model's order, with about as many values each."""
+        total, before, found = sum(layer.values for layer in self.shapes.layers.values()), 0, {}
+        for name, layer in self.shapes.layers.items():
+            found[name] = int((before + layer.values / 2) / total * self.cadence.fragments)
+            before += layer.values
+        return found
+
+    @cached_property
     def buckets(self) -> list[Bucket]:
-        """The messages of a merge: weights of one path up to `merge.bucket_mb`, the same on every rank."""
+        """The messages of a merge: weights of one fragment and path up to `merge.bucket_mb`, the same on every rank."""
         found: list[Bucket] = []
         limit, room = self.config.merge.bucket_mb * 1e6, 0.0
-        for name, path in sorted(self.paths.items(), key=lambda item: item[1]):
-            size = self._message_bytes(name)
-            if not found or found[-1].path != path or size > room:
-                found.append(Bucket(path, (name,)))
+        for name, path in sorted(self.paths.items(), key=lambda item: (self.fragment_of[item[0]], item[1])):
+            size, fragment = self._message_bytes(name), self.fragment_of[name]
+            if not found or (found[-1].fragment, found[-1].path) != (fragment, path) or size > room:
+                found.append(Bucket(path, (name,), fragment))
                 room = limit - size
             else:
-                found[-1] = Bucket(path, (*found[-1].names, name))
+                found[-1] = Bucket(path, (*found[-1].names, name), fragment)
                 room -= size
         return found
 

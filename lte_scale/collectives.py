@@ -13,6 +13,7 @@ Every call is also timed, and noted while it lasts, so that a rank that waits fo
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ PURPOSES = (
     "merge_dense",
     "merge_replica",
     "merge_refresh",  # masters to the node's compute copies
+    "merge_wait",  # for an exchange that began earlier and has not arrived
     "evaluate",
     "metrics",
     "control",  # agreeing when to stop
@@ -121,12 +123,30 @@ class Collectives:
         self.entered: Counter[tuple[int, ...]] = Counter()
         self.last: Call | None = None
         self.inside = False
-        t, timeout = topology, timedelta(seconds=timeout_seconds)
+        t, self.timeout = topology, timedelta(seconds=timeout_seconds)
+        timeout = self.timeout
         self.world = self._group([list(range(t.world_size))], timeout, sharding=True)
         self.node = self._group([t.node_ranks(node) for node in range(t.nodes)], timeout, sharding=True)
         self.peers = self._group([t.peer_ranks(local) for local in range(t.ranks_per_node)], timeout)
         groups = t.ranks_per_node // t.ranks_per_head
         self.head = self._group([t.head_ranks(n, g) for n in range(t.nodes) for g in range(groups)], timeout)
+
+    def aside(self) -> Collectives:
+        """The same ranks with a group of peers, counts and a clock of its own, for one thread beside this one.
+
+        Collective. What it sends is counted here when it is handed to `absorb`.
+        """
+        other = copy.copy(self)
+        other.bytes_sent, other.entered, other.clock = Counter(), Counter(), Stopwatch(torch.device("cpu"))
+        t = self.topology
+        other.peers = self._group([t.peer_ranks(local) for local in range(t.ranks_per_node)], self.timeout)
+        return other
+
+    def absorb(self, other: Collectives) -> None:
+        """Count what `other` has sent as sent by this one."""
+        if other is not self:
+            self.bytes_sent.update(other.bytes_sent)
+            other.bytes_sent.clear()
 
     def _group(self, partition: Sequence[Sequence[int]], timeout: timedelta, *, sharding: bool = False) -> Group:
         topology = self.topology

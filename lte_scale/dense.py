@@ -39,21 +39,28 @@ class DenseExchange:
 
     def mean(self, bucket: Bucket, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The mean of the nodes' changes [elements formed] on the part this rank owns."""
+        return self.own_parts(bucket, self.reduce(bucket, changes))
+
+    def reduce(self, bucket: Bucket, changes: Mapping[str, Tensor]) -> Tensor:
+        """The same as it arrives: what crosses the link, and nothing else."""
         nodes, peers = self.collectives.topology.nodes, self.collectives.peers
         if self.arrangement.codec.exact and not self.arrangement.spread:
-            total = self.collectives.all_reduce(joined(list(changes.values())), peers, "merge_dense")
-            sizes = [change.numel() for change in changes.values()]
-            return dict(zip(changes, (total / nodes).split(sizes), strict=True))
+            return self.collectives.all_reduce(joined(list(changes.values())), peers, "merge_dense") / nodes
         rows = torch.cat([self._rows(name, change) for name, change in changes.items()], 1)
         if self.arrangement.codec.exact:
-            mean = self.collectives.reduce_scatter(rows, peers, "merge_dense") / nodes
-        else:
-            mean = self.feedback[bucket].mean(rows)
-        own = mean.split([self._width(name) for name in changes], -1)
+            return self.collectives.reduce_scatter(rows, peers, "merge_dense") / nodes
+        return self.feedback[bucket].mean(rows)
+
+    def own_parts(self, bucket: Bucket, mean: Tensor) -> dict[str, Tensor]:
+        """What has arrived, by weight."""
+        if self.arrangement.codec.exact and not self.arrangement.spread:
+            sizes = [sum(map(length, self.parts[name])) for name in bucket.names]
+            return dict(zip(bucket.names, mean.split(sizes), strict=True))
+        own = mean.split([self._width(name) for name in bucket.names], -1)
         if not self.arrangement.spread:
-            return {name: self._whole(name, part) for name, part in zip(changes, own, strict=True)}
+            return {name: self._whole(name, part) for name, part in zip(bucket.names, own, strict=True)}
         node = self.collectives.topology.node
-        return {name: part[: length(self.parts[name][node])] for name, part in zip(changes, own, strict=True)}
+        return {name: part[: length(self.parts[name][node])] for name, part in zip(bucket.names, own, strict=True)}
 
     def _width(self, name: str) -> int:
         return max(map(length, self.parts[name]))

@@ -36,8 +36,11 @@ class FactorExchange:
         collectives: Collectives,
         purpose: str = "merge_factor",
         codecs: tuple[Codec, Codec] = (Codec(), Codec()),
+        link: Collectives | None = None,
     ) -> None:
+        """`link`: the collectives between nodes, where they are others than those inside."""
         self.heads, self.collectives, self.topology = heads, collectives, collectives.topology
+        self.link = link or collectives
         self.purpose, self.codecs = purpose, codecs
         self.exact = all(codec.exact for codec in codecs)
 
@@ -78,10 +81,16 @@ class FactorExchange:
 
     def between_nodes(self, packed: Tensor, names: Sequence[str]) -> Factors:
         """[L, H, c] of every rank as Factors [K, L, h, values]: over the slow link once, then inside the node."""
-        collectives = self.collectives
+        return self.received(self.over_link(packed, names), names)
+
+    def over_link(self, packed: Tensor, names: Sequence[str]) -> Tensor:
+        """What the peers of this rank send of their `packed` [L, H, c]: [K, L, H, bytes or values]."""
         message = packed if self.exact else self._encoded(packed, names)
-        message = collectives.all_gather(message, collectives.peers, self.purpose)
-        message = collectives.all_gather(message, collectives.node, self.purpose)
+        return self.link.all_gather(message, self.link.peers, self.purpose)
+
+    def received(self, messages: Tensor, names: Sequence[str]) -> Factors:
+        """What arrived at all ranks of the node, as Factors [K, L, h, values]."""
+        message = self.collectives.all_gather(messages, self.collectives.node, self.purpose)
         return self._spread(message if self.exact else self._decoded(message, names), names)
 
     def _encoded(self, packed: Tensor, names: Sequence[str]) -> Tensor:

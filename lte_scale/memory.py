@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields
 
 from lte_scale.arrangement import FP32, Arrangement, Bucket, length
@@ -32,6 +33,7 @@ class Memory:
     merge_history: int = 0
     unsent: int = 0
     merge_buffers: int = 0
+    under_way: int = 0
     cpu: int = 0
 
     @property
@@ -76,6 +78,7 @@ def memory(a: Arrangement, *, activations: int) -> Memory:
         merge_history=FP32 * _history_values(a),
         unsent=FP32 * unsent_values(a, 0),
         merge_buffers=FP32 * max(_buffer_values(a, bucket) for bucket in a.buckets),
+        under_way=FP32 * _values_under_way(a),
         cpu=sum(weights.values()) if offloaded else 0,
     )
 
@@ -96,7 +99,7 @@ def _gathered_values(a: Arrangement) -> int:
 def _product_values(a: Arrangement) -> int:
     total = 0
     for bucket in a.buckets:
-        if a.folded or a.two_level or bucket.path == "dense":
+        if a.folded or a.roaming or bucket.path == "dense":
             total += a.formed(bucket, 0)
         if bucket.path == "factor":
             total += sum(length(a.ownership(name, 0).own) for name in bucket.names)
@@ -108,14 +111,28 @@ def _history_values(a: Arrangement) -> int:
     return sum(kept * sum(a.head_parts(bucket)) for bucket in a.buckets if bucket.path == "factor")
 
 
+def _replica_part(a: Arrangement) -> int:
+    return -(-a.shapes.replica_values // a.topology.ranks_per_node)
+
+
 def unsent_values(a: Arrangement, rank: int) -> int:
     """What messages in less than fp32 have missed: a row for each peer, and the mean of the own part."""
     if a.codec.exact:
         return 0
     nodes = a.topology.nodes
     dense = sum(a.padded_parts(bucket, rank) for bucket in a.buckets if bucket.path == "dense")
-    replica_part = -(-a.shapes.replica_values // a.topology.ranks_per_node)
-    return dense * (nodes + (not a.spread)) + -(-replica_part // nodes) * (nodes + 1)
+    return dense * (nodes + (not a.spread)) + -(-_replica_part(a) // nodes) * (nodes + 1)
+
+
+def _values_under_way(a: Arrangement) -> int:
+    """What an exchange beside the training holds: what is sent and what has arrived, of the largest fragment."""
+    if not a.cadence.delay:
+        return 0
+    held: Counter[int] = Counter({0: 3 * _replica_part(a)})
+    for bucket in a.buckets:
+        part = a.merges_sent * a.topology.heads_per_rank * sum(a.head_parts(bucket))
+        held[bucket.fragment] += 2 * a.formed(bucket, 0) if bucket.path == "dense" else (1 + a.topology.nodes) * part
+    return max(held.values())
 
 
 def _buffer_values(a: Arrangement, bucket: Bucket) -> int:

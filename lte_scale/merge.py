@@ -11,30 +11,36 @@ Every rank forms and keeps its own part of every weight, and writes it through `
               resetless head's product is folded into its own base
     product   (s / h) sum B A of the node's heads, or (s / N) of all heads, at the last merge (resetless alone)
 
+With `merge.delay` a global merge begins as a local one: the node goes on from its own weights, while what it has
+changed since the last one crosses to the others in the background. When that lands, `delay` steps later, the master
+takes the mean change and the node's weights become the master: what heads have learned meanwhile is in their factors,
+and stays there. With `merge.fragments` parts of the model do so at different steps of the window (`cadence`).
+
 In `merge.precision` other than fp32 a message holds less than it should. What it misses is not lost:
 
     dense path, replica parameters   it is added to the next window's change (`feedback`)
     factor path, reset               it stays in the head: B becomes B - B^ for the B^ sent, and B A is linear in B. A
                                      is sent in fp32: B (A - A^) has another rank r, which a head cannot keep
     factor path, resetless           A' and B' become the A^ and B^ sent: the head goes on from W + s (B A - B^ A^)
-    copies of a finer master         they are told by how much the master has moved from what they hold
+    copies of a finer master         they are told by how much the master has moved from what they hold (`copies`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lte_scale.arrangement import Arrangement, Bucket, length
-from lte_scale.codec import Codec
 from lte_scale.collectives import Collectives
+from lte_scale.copies import Copies
 from lte_scale.dense import DenseExchange, joined
-from lte_scale.engines.base import Engine, Slice
+from lte_scale.engines.base import Engine, cut_from
 from lte_scale.exchange import FactorExchange, Factors, product
+from lte_scale.flight import Flight
 from lte_scale.model import Heads
 from lte_scale.outer import Outer
 from lte_scale.replicas import ReplicaMerger
@@ -56,15 +62,18 @@ class Merger:
 
     def __init__(self, heads: Heads, engine: Engine, collectives: Collectives, arrangement: Arrangement) -> None:
         self.heads, self.engine, self.collectives, self.arrangement = heads, engine, collectives, arrangement
-        self.topology, self.config = arrangement.topology, arrangement.config.merge
+        self.topology, self.config, self.cadence = arrangement.topology, arrangement.config.merge, arrangement.cadence
         ema_decay = arrangement.config.train.ema_decay
-        self.exchange = FactorExchange(heads, collectives, codecs=arrangement.factor_codecs)
+        self.link = collectives.aside() if self.cadence.delay else collectives
+        self.flight: Flight | None = None
+        self.exchange = FactorExchange(heads, collectives, codecs=arrangement.factor_codecs, link=self.link)
         self.clock: Stopwatch[tuple[str, str]] = Stopwatch(self.exchange.device)
         self.ownership = {
             name: arrangement.ownership(name, self.topology.rank, engine.slice_of) for name in heads.linears
         }
         self.paths, self.buckets = arrangement.paths, arrangement.buckets
-        self.dense = DenseExchange(arrangement, collectives, self.ownership, self.exchange.device)
+        self.dense = DenseExchange(arrangement, self.link, self.ownership, self.exchange.device)
+        self.copies = Copies(arrangement, collectives, self.ownership, self.exchange.device)
         self.history: dict[Bucket, list[Tensor]] = {bucket: [] for bucket in self.buckets}
         self.node_product: dict[str, Tensor] = {}
         self.mean_product: dict[str, Tensor] = {}
@@ -72,9 +81,9 @@ class Merger:
         with self.editable() as shards:
             if self.arrangement.separate:
                 for name, own in self.ownership.items():
-                    self.outer.masters[name] = _cut(shards[name], own.compute, own.own).clone()
+                    self.outer.masters[name] = cut_from(shards[name], own.compute, own.own).clone()
             self.outer.start_average()
-        self.replicas = ReplicaMerger(heads, collectives, self.config, ema_decay, arrangement.codec)
+        self.replicas = ReplicaMerger(heads, collectives, self.config, ema_decay, arrangement.codec, self.link)
         self._clear_products()
 
     @contextmanager
@@ -93,39 +102,58 @@ class Merger:
         return self.heads.linears[name].scale
 
     def due(self, step: int) -> bool:
-        """Whether heads are merged after `step`, inside the node or between nodes."""
-        return step % self.arrangement.local_every == 0
-
-    def is_global(self, step: int) -> bool:
-        """Whether the merge after `step` is one between nodes."""
-        return step % self.config.every == 0
+        """Whether there is anything to merge after `step`, inside the node or between nodes."""
+        return self.cadence.due(step)
 
     @torch.no_grad()
-    def merge(self, step: int, *, decay: float = 0.0) -> None:
-        """Merge after `step`, in all ranks. `decay`: the fraction the master loses (decoupled weight decay)."""
-        everywhere = self.is_global(step)
-        scope = "global" if everywhere else "local"
+    def merge(self, step: int, *, decay: float = 0.0, last: bool = False) -> None:
+        """Merge after `step`, in all ranks.
+
+        Args:
+            decay: the fraction that a master loses when its merge lands (decoupled weight decay).
+            last: the run ends here: all fragments are merged, and everybody waits for it.
+        """
+        if self.flight is not None and (last or self.cadence.lands(step) is not None):
+            self._land(self.flight, decay)
+        departing = self.cadence.sets_sent(step, last=last)
+        delayed = bool(departing) and self.cadence.delay > 0 and not last
+        scope = "global" if departing else "local"
+        jobs: list[Callable[[], Tensor]] = []
         with self.editable() as shards:
             for bucket in self.buckets:
                 with self.clock((scope, bucket.path)):
-                    if everywhere:
-                        self._merge_globally(bucket, shards, decay)
+                    if bucket.fragment not in departing:
+                        if self.cadence.is_local(step):
+                            self._merge_locally(bucket, shards)
+                    elif delayed:
+                        jobs.append(self._depart(bucket, shards))
                     else:
-                        self._merge_locally(bucket, shards)
+                        self._merge_globally(bucket, shards, decay)
         with self.clock((scope, "replica")):
-            self.replicas.merge(everywhere)
+            if 0 in departing and delayed:
+                jobs.append(partial(self.replicas.over_link, self.replicas.depart()))
+            elif 0 in departing or self.cadence.is_local(step):
+                self.replicas.merge(everywhere=0 in departing)
+        if jobs:
+            self.flight = Flight(jobs, self.exchange.device)
+            self.departed = [bucket for bucket in self.buckets if bucket.fragment in departing]
+        else:
+            self.collectives.absorb(self.link)
         self.clock.lap()
 
-    def _merge_locally(self, bucket: Bucket, shards: Shards) -> None:
+    def _merge_locally(self, bucket: Bucket, shards: Shards, *, sent: bool = False) -> Tensor:
+        """Returns this rank's part of the factors that the base has now. `sent`: and that will cross the link."""
         packed = self.exchange.pack(bucket.names)
-        if bucket.path == "factor" and not self.arrangement.resetless:
+        if bucket.path == "factor" and (sent or not self.arrangement.resetless):
             packed = self.exchange.rounded(packed, bucket.names)  # to what a global merge will send of it
+        if bucket.path == "factor" and not self.arrangement.resetless:
             self.history[bucket].append(packed.clone())  # else a view keeps the factors of all members alive
         factors = self.exchange.within_node(packed, bucket.names)
         for name, change in self._changes(bucket, factors, self.node_product, whole=True).items():
             if not self.arrangement.folded:  # a folded base holds W - s B' A', which a local merge leaves as it is
                 shards[name].add_(change.to(shards[name].device))
         self._leave_to_base(bucket, factors)
+        return packed
 
     def _merge_globally(self, bucket: Bucket, shards: Shards, decay: float) -> None:
         packed = self.exchange.pack(bucket.names)
@@ -134,13 +162,49 @@ class Merger:
         else:
             factors = self.exchange.within_node(packed, bucket.names)
             changes = self._mean_by_products(bucket, factors, shards)
+        self._update(bucket, changes, shards, decay)
+        self._leave_to_base(bucket, factors)
+
+    def _depart(self, bucket: Bucket, shards: Shards) -> Callable[[], Tensor]:
+        """Merge inside the node; the exchange of what the node has changed since the last global merge."""
+        packed = self._merge_locally(bucket, shards, sent=True)
+        if bucket.path == "factor":
+            stack = torch.stack(self.history[bucket] or [packed])
+            self.history[bucket].clear()
+            return partial(self.exchange.over_link, stack, bucket.names)
+        changes = {}
+        for name in bucket.names:
+            folded = self.node_product[name] if self.arrangement.folded else 0.0
+            changes[name] = (shards[name] + folded - self.outer.masters[name]).to(self.exchange.device)
+        return partial(self.dense.reduce, bucket, changes)
+
+    def _land(self, flight: Flight, decay: float) -> None:
+        """Apply what has been under way, when it has arrived."""
+        with self.clock(("global", "wait")), self.collectives.call(self.collectives.peers, "merge_wait", 0):
+            arrived = flight.arrived()
+        with self.editable() as shards:
+            for bucket, message in zip(self.departed, arrived, strict=False):  # the replica parameters come last
+                with self.clock(("global", bucket.path)):
+                    if bucket.path == "factor":
+                        factors = self.exchange.received(message, bucket.names)
+                        changes = self._changes(bucket, factors, self.mean_product, whole=False)
+                    else:
+                        changes = self.dense.own_parts(bucket, message)
+                    self._update(bucket, changes, shards, decay)
+        if len(arrived) > len(self.departed):
+            with self.clock(("global", "replica")):
+                self.replicas.land(arrived[-1])
+        self.flight = None
+        self.collectives.absorb(self.link)
+
+    def _update(self, bucket: Bucket, changes: Mapping[str, Tensor], shards: Shards, decay: float) -> None:
+        """The masters take the mean changes, and the forward pass sees it."""
         for name, change in changes.items():
             self.outer.update(name, change, decay)
         if self.arrangement.followed:
-            self._follow(bucket, shards)
+            self.copies.follow(bucket, self.outer.masters, shards)
         else:
             self._publish(bucket, self.outer.masters, shards)
-        self._leave_to_base(bucket, factors)
 
     def _leave_to_base(self, bucket: Bucket, factors: Factors) -> None:
         """Take from this rank's heads what the base has of them now: `factors` of the node's heads [h, values]."""
@@ -183,13 +247,13 @@ class Merger:
         self.history[bucket].clear()
         all_KLhC = self.exchange.between_nodes(stack, bucket.names)
         of_node = Factors(all_KLhC.A[self.topology.node, -1], all_KLhC.B[self.topology.node, -1])
-        if self.arrangement.resetless and (self.arrangement.folded or self.arrangement.two_level):
+        if self.arrangement.resetless and (self.arrangement.folded or self.arrangement.roaming):
             self._changes(bucket, of_node, self.node_product, whole=True)
         return self._changes(bucket, all_KLhC, self.mean_product, whole=False), of_node
 
     def _mean_by_products(self, bucket: Bucket, factors: Factors, shards: Shards) -> dict[str, Tensor]:
         changes = self._changes(bucket, factors, self.node_product, whole=True)
-        if self.arrangement.two_level:
+        if self.arrangement.roaming:
             for name in bucket.names:
                 shard, change = shards[name], changes[name]
                 moved = self.node_product[name] if self.arrangement.folded else change.to(shard.device)
@@ -198,38 +262,10 @@ class Merger:
 
     def _publish(self, bucket: Bucket, source: Mapping[str, Tensor], shards: Shards, *, fold: bool = True) -> None:
         """Write `source` (own parts) to where the forward pass reads it, less the folded product."""
-        if self.arrangement.refined:
-            for name, values in self._of_peers(bucket, source, Codec()).items():
-                shards[name].copy_(values)
-        else:
-            for name in bucket.names:
-                if shards[name].data_ptr() != source[name].data_ptr():
-                    shards[name].copy_(source[name])
+        self.copies.publish(bucket, source, shards)
         if self.arrangement.folded and fold:
             for name in bucket.names:
                 shards[name].sub_(self.node_product[name])
-
-    def _follow(self, bucket: Bucket, shards: Shards) -> None:
-        """Move every node's copy towards the masters; it lags behind by what messages miss, on all nodes alike."""
-        moved = {}
-        for name in bucket.names:
-            own = self.ownership[name]
-            moved[name] = self.outer.masters[name] - _cut(shards[name], own.compute, own.own)
-        for name, change in self._of_peers(bucket, moved, self.arrangement.codec).items():
-            shards[name].add_(change.to(shards[name].device))
-
-    def _of_peers(self, bucket: Bucket, own: Mapping[str, Tensor], codec: Codec) -> dict[str, Tensor]:
-        """`own` parts of all peers, as all of them decode it, joined to what this rank computes with."""
-        sizes = {name: self.ownership[name].part_size for name in bucket.names}
-        padded = [F.pad(own[name], (0, size - own[name].numel())) for name, size in sizes.items()]
-        message = codec.encode(torch.cat(padded).to(self.exchange.device))
-        gathered = self.collectives.all_gather(message, self.collectives.peers, "merge_refresh")
-        found = {}
-        decoded = codec.decode(gathered, sum(sizes.values())).split(list(sizes.values()), 1)
-        for name, rows in zip(sizes, decoded, strict=True):
-            lengths = [length(part) for part in self.ownership[name].parts]
-            found[name] = torch.cat([row[:n] for row, n in zip(rows, lengths, strict=True)])
-        return found
 
     def _clear_products(self) -> None:
         if not self.arrangement.resetless:
@@ -237,7 +273,7 @@ class Merger:
         for bucket in self.buckets:
             for name in bucket.names:
                 own, like = self.ownership[name], self.outer.masters[name]
-                if self.arrangement.folded or self.arrangement.two_level or bucket.path == "dense":
+                if self.arrangement.folded or self.arrangement.roaming or bucket.path == "dense":
                     self.node_product[name] = like.new_zeros(sum(map(length, own.parts)))
                 if bucket.path == "factor":
                     self.mean_product[name] = like.new_zeros(length(own.own))
@@ -251,7 +287,7 @@ class Merger:
         exchange = FactorExchange(self.heads, self.collectives)  # in fp32: of other bits than now, if precision changed
         for bucket in self.buckets:
             packed = exchange.pack(bucket.names, previous=True)
-            if self.arrangement.folded or self.arrangement.two_level or bucket.path == "dense":
+            if self.arrangement.folded or self.arrangement.roaming or bucket.path == "dense":
                 factors = exchange.within_node(packed, bucket.names)
                 self._changes(bucket, factors, self.node_product, whole=True)
             if bucket.path == "factor":
@@ -283,8 +319,3 @@ class Merger:
             with self.editable() as shards:
                 for name, shard in shards.items():
                     shard.copy_(kept[name])
-
-
-def _cut(flat: Tensor, held: Slice, part: Slice) -> Tensor:
-    """The elements of `part` from a flat tensor that holds `held`."""
-    return flat[part[0] - held[0] : part[1] - held[0]]

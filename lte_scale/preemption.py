@@ -40,15 +40,26 @@ class Preemption:
     """
 
     def __init__(
-        self, collectives: Collectives, lockstep: Group, *, tied_steps: int = 0, timeout_seconds: float = 600.0
+        self,
+        collectives: Collectives,
+        lockstep: Group,
+        *,
+        tied_steps: int = 0,
+        may_end_at: Callable[[int], int] = lambda step: step,
+        timeout_seconds: float = 600.0,
     ) -> None:
-        """`tied_steps`: in so many steps all ranks wait for one another, so none may leave."""
+        """
+        Args:
+            tied_steps: in so many steps all ranks wait for one another, so none may leave.
+            may_end_at: the first step from a given one on after which a run may end.
+        """
         self.collectives, self.lockstep, self.timeout_seconds = collectives, lockstep, timeout_seconds
         self.received = 0
         self.reason: str | None = None
         self.noticed = False
         self.meanwhile: Callable[[], None] = lambda: None
         self.last_step: int | None = None
+        self.may_end_at = may_end_at
         topology = collectives.topology
         self.groups = topology.world_size // lockstep.size
         self.group = min(lockstep.ranks) // lockstep.size
@@ -100,7 +111,7 @@ class Preemption:
     def should_stop(self, step: int) -> bool:
         """Whether all ranks stop after `step`. Waits for other groups where a stop was noticed."""
         if self.noticed and self.last_step is None:
-            self.last_step = self._maximum(self._negotiate(step) if self.leads else 0)
+            self.last_step = self.may_end_at(self._maximum(self._negotiate(step) if self.leads else 0))
             log.info("stop requested: all ranks end after step %d", self.last_step)
         return self.last_step is not None and step >= self.last_step
 

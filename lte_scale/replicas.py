@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,39 +22,70 @@ class ReplicaMerger:
     """
 
     def __init__(
-        self, heads: Heads, collectives: Collectives, config: MergeConfig, ema_decay: float, codec: Codec
+        self,
+        heads: Heads,
+        collectives: Collectives,
+        config: MergeConfig,
+        ema_decay: float,
+        codec: Codec,
+        link: Collectives,
     ) -> None:
-        self.heads, self.collectives = heads, collectives
+        """`link`: the collectives between nodes."""
+        self.heads, self.collectives, self.link = heads, collectives, link
         self.outer = Outer(config, ema_decay)
         self.outer.masters = {
             name: p.detach().view(len(heads.ids), -1)[0].clone() for name, p in heads.replicas.items()
         }
         self.outer.start_average()
+        self._left = torch.empty(0)
         self.feedback: MeanWithFeedback | None = None
         if not codec.exact:
             topology, masters = collectives.topology, self.outer.masters.values()
             part = -(-sum(master.numel() for master in masters) // topology.ranks_per_node)
             device = next(iter(masters)).device
             self.feedback = MeanWithFeedback(
-                codec, collectives, "merge_replica", -(-part // topology.nodes), shared=True, device=device
+                codec, link, "merge_replica", -(-part // topology.nodes), shared=True, device=device
             )
 
     @torch.no_grad()
     def merge(self, everywhere: bool) -> None:
         """Every head continues from the mean of the node's heads, or from the outer step on the mean of all heads."""
-        flat = torch.cat([p.detach().view(len(self.heads.ids), -1) for p in self.heads.replicas.values()], 1).mean(0)
+        part = self._part_of_node()
         if not everywhere:
-            self.write(self._named(self._mean(flat)))
+            self.write(self._named(self._gathered(part)))
             return
-        if self.feedback is None:
-            means = self._named(self._mean(flat, self._mean_over_nodes))
-            changes = {name: mean - self.outer.masters[name] for name, mean in means.items()}
-        else:  # what is rounded, and kept for later, is the change
-            masters = torch.cat(list(self.outer.masters.values()))
-            changes = self._named(self._mean(flat - masters, self._mean_with_feedback))
-        for name, change in changes.items():
-            self.outer.update(name, change, 0.0)
+        self._update(self.over_link(part))
         self.write(self.outer.masters)
+
+    @torch.no_grad()
+    def depart(self) -> Tensor:
+        """Every head continues from the mean of the node's heads; what `over_link` takes."""
+        part = self._part_of_node()
+        self._left = self._gathered(part)
+        self.write(self._named(self._left))
+        return part
+
+    @torch.no_grad()
+    def land(self, mean: Tensor) -> None:
+        """Every head continues from where it is, moved by what the master has come to differ from the node's mean."""
+        self._update(mean)
+        for name, left in self._named(self._left).items():
+            of_heads = self.heads.replicas[name].detach().view(len(self.heads.ids), -1)
+            of_heads.add_(self.outer.masters[name] - left)
+
+    def over_link(self, part: Tensor) -> Tensor:
+        """The mean over the nodes of this rank's part: of values in fp32, else of their change since the last merge."""
+        if self.feedback is None:
+            return self.link.all_reduce(part.clone(), self.link.peers, "merge_replica") / self.link.topology.nodes
+        nodes = self.link.topology.nodes
+        change = part - self._parts(torch.cat(list(self.outer.masters.values())))[self.link.topology.local_rank]
+        rows = F.pad(change, (0, -change.numel() % nodes)).view(nodes, -1)
+        return self.feedback.mean(rows).flatten()[: change.numel()]
+
+    def _update(self, mean: Tensor) -> None:
+        for name, value in self._named(self._gathered(mean)).items():
+            change = value if self.feedback is not None else value - self.outer.masters[name]
+            self.outer.update(name, change, 0.0)
 
     def write(self, values: dict[str, Tensor]) -> None:
         """Give every head of this process these values [C]."""
@@ -67,22 +96,21 @@ class ReplicaMerger:
         sizes = [master.numel() for master in self.outer.masters.values()]
         return dict(zip(self.outer.masters, flat.split(sizes), strict=True))
 
-    def _mean(self, flat: Tensor, over_nodes: Callable[[Tensor], Tensor] = lambda part: part) -> Tensor:
-        """Over the ranks of the node; each takes its part of the mean further, `over_nodes`."""
-        c, ranks = self.collectives, self.collectives.topology.ranks_per_node
-        padded = F.pad(flat, (0, -flat.numel() % ranks)).view(ranks, -1)
-        part = over_nodes(c.reduce_scatter(padded, c.node, "merge_replica") / ranks)
-        return c.all_gather(part, c.node, "merge_replica").flatten()[: flat.numel()]
+    def _parts(self, flat: Tensor) -> Tensor:
+        """[C] as a part for every rank of the node [G, c]."""
+        ranks = self.collectives.topology.ranks_per_node
+        return F.pad(flat, (0, -flat.numel() % ranks)).view(ranks, -1)
 
-    def _mean_over_nodes(self, part: Tensor) -> Tensor:
+    def _part_of_node(self) -> Tensor:
+        """This rank's part of the mean over the node's heads [c]."""
         c = self.collectives
-        return c.all_reduce(part, c.peers, "merge_replica") / c.topology.nodes
+        flat = torch.cat([p.detach().view(len(self.heads.ids), -1) for p in self.heads.replicas.values()], 1).mean(0)
+        return c.reduce_scatter(self._parts(flat), c.node, "merge_replica") / c.topology.ranks_per_node
 
-    def _mean_with_feedback(self, part: Tensor) -> Tensor:
-        assert self.feedback is not None
-        nodes = self.collectives.topology.nodes
-        rows = F.pad(part, (0, -part.numel() % nodes)).view(nodes, -1)
-        return self.feedback.mean(rows).flatten()[: part.numel()]
+    def _gathered(self, part: Tensor) -> Tensor:
+        """The parts of all ranks of the node [C]."""
+        values = sum(master.numel() for master in self.outer.masters.values())
+        return self.collectives.all_gather(part, self.collectives.node, "merge_replica").flatten()[:values]
 
     @torch.no_grad()
     def swap_in(self, average: bool) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ class TrainState:
     classes: int = 0
     step: int = 0
     evaluated_step: int = 0
+    saved_step: int = 0
     best_top1: float = 0.0
     data_wait_seconds: float = 0.0
     merge_seconds: float = 0.0
@@ -93,5 +94,5 @@ class Schedule:
     def master_decay(self, step: int) -> float:
         """Fraction that decoupled weight decay takes from the master at the merge after `step`."""
         rate = self.config.merge.weight_decay
-        window = range(step - self.config.merge.every + 1, step + 1)
+        window = range(max(1, step - self.config.merge.every + 1), step + 1)
         return rate * sum(self.lr(self.config.optimizer.lr, s) for s in window) if rate else 0.0

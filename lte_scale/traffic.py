@@ -6,7 +6,7 @@ Every function is of one rank of an `Arrangement`, the links as in `collectives`
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 
 from lte_scale.arrangement import FP32, Arrangement, Bucket
@@ -75,28 +75,77 @@ def step_traffic(a: Arrangement, rank: int) -> Traffic:
 
 
 def merge_traffic(a: Arrangement, rank: int, *, everywhere: bool) -> Traffic:
-    """A merge of the heads of a node, or (`everywhere`) of all nodes; purposes as in `merge` and `replicas`."""
+    """A merge of all heads of a node, or (`everywhere`) of all nodes; purposes as in `merge` and `replicas`."""
+    if not everywhere:
+        return _in_node(a, rank, range(a.cadence.fragments), replicas=True)
+    sets = dict.fromkeys(range(a.cadence.fragments), a.merges_sent)
+    if not a.cadence.delay:
+        return _at_once(a, rank, sets)
+    return _in_node(a, rank, sets, replicas=True) + _landing(a, rank, sets)
+
+
+def _in_node(a: Arrangement, rank: int, fragments: Container[int], *, replicas: bool) -> Traffic:
+    """A merge inside the nodes."""
+    links = Links(a.topology, rank)
+    for bucket in a.buckets:
+        if bucket.fragment in fragments:
+            _gather_factors(a, links, bucket)
+    if replicas:
+        _scatter_replicas(a, links)
+        _gather_replicas(a, links)
+    return links.sent
+
+
+def _at_once(a: Arrangement, rank: int, sets: Mapping[int, int]) -> Traffic:
+    """A merge of all nodes without delay, of fragments with so many sets of factors."""
+    links = Links(a.topology, rank)
+    for bucket in a.buckets:
+        if bucket.path == "dense" and bucket.fragment in sets:
+            _gather_factors(a, links, bucket)
+    if 0 in sets:
+        _scatter_replicas(a, links)
+    return links.sent + _landing(a, rank, sets)
+
+
+def _landing(a: Arrangement, rank: int, sets: Mapping[int, int]) -> Traffic:
+    """What crosses between nodes, and its way inside them."""
     links, t = Links(a.topology, rank), a.topology
     for bucket in a.buckets:
-        if everywhere and bucket.path == "factor":
+        if bucket.fragment not in sets:
+            continue
+        if bucket.path == "factor":
             of_head = sum(codec.size(n) for codec, n in zip(a.factor_codecs, a.head_parts(bucket), strict=True))
-            part = a.merges_sent * t.heads_per_rank * of_head
+            part = (1 if a.resetless else sets[bucket.fragment]) * t.heads_per_rank * of_head
             links.all_gather(links.peers, "merge_factor", part)
             links.all_gather(links.node, "merge_factor", part * t.nodes)
         else:
-            links.all_gather(links.node, "merge_factor", FP32 * t.heads_per_rank * sum(a.head_parts(bucket)))
-        if everywhere and bucket.path == "dense":
             _dense_traffic(a, links, bucket)
-        if everywhere and a.refined:
+        if a.refined:
             links.all_gather(links.peers, "merge_refresh", a.codec.size(a.padded_parts(bucket, rank)))
-    values = -(-a.shapes.replica_values // t.ranks_per_node)
-    links.reduce_scatter(links.node, "merge_replica", FP32 * values * t.ranks_per_node)
-    if everywhere and a.codec.exact:
-        links.all_reduce(links.peers, "merge_replica", FP32 * values)
-    elif everywhere:
-        _mean_traffic(a, links, "merge_replica", -(-values // t.nodes), shared=True)
-    links.all_gather(links.node, "merge_replica", FP32 * values)
+    if 0 in sets:
+        values = _replica_part(a)
+        if a.codec.exact:
+            links.all_reduce(links.peers, "merge_replica", FP32 * values)
+        else:
+            _mean_traffic(a, links, "merge_replica", -(-values // t.nodes), shared=True)
+        _gather_replicas(a, links)
     return links.sent
+
+
+def _gather_factors(a: Arrangement, links: Links, bucket: Bucket) -> None:
+    links.all_gather(links.node, "merge_factor", FP32 * a.topology.heads_per_rank * sum(a.head_parts(bucket)))
+
+
+def _replica_part(a: Arrangement) -> int:
+    return -(-a.shapes.replica_values // a.topology.ranks_per_node)
+
+
+def _scatter_replicas(a: Arrangement, links: Links) -> None:
+    links.reduce_scatter(links.node, "merge_replica", FP32 * _replica_part(a) * a.topology.ranks_per_node)
+
+
+def _gather_replicas(a: Arrangement, links: Links) -> None:
+    links.all_gather(links.node, "merge_replica", FP32 * _replica_part(a))
 
 
 def _dense_traffic(a: Arrangement, links: Links, bucket: Bucket) -> None:
@@ -117,15 +166,31 @@ def _mean_traffic(a: Arrangement, links: Links, purpose: str, values: int, *, sh
         links.all_gather(links.peers, purpose, part)
 
 
-def run_traffic(a: Arrangement, rank: int, steps: int) -> Traffic:
-    """The first `steps` optimizer steps of a run with their merges; evaluations and checkpoints are not in it."""
-    global_merges = steps // a.config.merge.every
-    merges = steps // a.local_every
-    sent = times(step_traffic(a, rank), steps)
+def run_traffic(a: Arrangement, rank: int, steps: int, *, last: bool = False) -> Traffic:
+    """The first `steps` optimizer steps of a run with their merges; evaluations and checkpoints are not in it.
+
+    `last`: the run ends there, and all that is left is merged.
+    """
+    sent, merging = times(step_traffic(a, rank), steps), 0
+    for step in filter(a.cadence.due, range(1, steps + 1)):
+        sent += _traffic_after(a, rank, step, last=last and step == steps)
+        merging += step < steps
     if a.config.base.gather == "window":
-        sent += times(gather_traffic(a, rank), -(-steps // a.local_every))
-    sent += times(merge_traffic(a, rank, everywhere=True), global_merges)
-    return sent + times(merge_traffic(a, rank, everywhere=False), merges - global_merges)
+        sent += times(gather_traffic(a, rank), 1 + merging)
+    return sent
+
+
+def _traffic_after(a: Arrangement, rank: int, step: int, *, last: bool) -> Traffic:
+    """The merges after `step`; what is under way counts where it lands."""
+    cadence = a.cadence
+    departing, sent = cadence.sets_sent(step, last=last), Traffic()
+    if cadence.delay and cadence.lands(step) is not None:
+        sent += _landing(a, rank, cadence.sets_sent(step - cadence.delay))
+    elsewhere = [f for f in range(cadence.fragments) if f not in departing] if cadence.is_local(step) else []
+    if last or not cadence.delay:
+        sent += _at_once(a, rank, departing)
+        departing = {}
+    return sent + _in_node(a, rank, [*elsewhere, *departing], replicas=0 in [*elsewhere, *departing])
 
 
 def times(traffic: Traffic, count: int) -> Traffic:

@@ -80,6 +80,7 @@ class Trainer:
             collectives,
             collectives.world if config.base.crosses_nodes else collectives.node,
             tied_steps=self.engine.tied_steps,
+            may_end_at=self.merger.cadence.at_rest,
         )
         self.watchdog = Watchdog(collectives, run_dir, config.watchdog.seconds)
         self.preemption.meanwhile = lambda: self.watchdog.beat(self.state.step, "agreeing on the last step")
@@ -99,16 +100,16 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end, or until a signal. Returns the exit code: 0, or 128 + the signal."""
-        state, schedule, merger = self.state, self.schedule, self.merger
+        state, schedule, cadence = self.state, self.schedule, self.merger.cadence
         batches = self.stream.iterate(self.position)
         self.profiler.stepped(state.step)
         while state.step < schedule.total:
             state.step += 1
             self.train_step(batches)
-            everywhere = merger.is_global(state.step)
-            if merger.due(state.step):
-                self.merge()
             last = state.step == schedule.total
+            everywhere = last or cadence.lands(state.step) == 0
+            if cadence.due(state.step):
+                self.merge(last)
             results = None
             if everywhere and (last or passed(state.step, schedule.evaluate, state.evaluated_step)):
                 results = self.evaluate()
@@ -116,7 +117,8 @@ class Trainer:
             recorded = bool(due(state.step, self.config.metrics.every, schedule.total) or results)
             if recorded:
                 self.record(everywhere, results)
-            saved = due(state.step, schedule.checkpoint, schedule.total)
+            at_rest = not cadence.under_way(state.step)
+            saved = last or (at_rest and passed(state.step, schedule.checkpoint, state.saved_step))
             if saved:
                 self.save(top1=results["eval_top1"] if results else None, wait=last)
             self.checkpoints.poll()
@@ -214,17 +216,17 @@ class Trainer:
                     "gradient; lower optimizer.lr or adapters.alpha"
                 )
 
-    def merge(self) -> None:
-        """Merge the heads after this step, inside the node or everywhere."""
-        step, everywhere = self.state.step, self.merger.is_global(self.state.step)
+    def merge(self, last: bool) -> None:
+        """Merge what is due after this step, inside the node or between nodes. `last`: all there is."""
+        step, cadence = self.state.step, self.merger.cadence
         began = time.perf_counter()
-        if everywhere:
+        if last or cadence.lands(step) is not None:
             self.preemption.meeting(step)
-            if passed(step, self.config.metrics.heads_every, self.state.measured_step):
-                self.state.measured_step = step
-                self.recorder.measure()
+        if cadence.departs(step) == 0 and passed(step, self.config.metrics.heads_every, self.state.measured_step):
+            self.state.measured_step = step
+            self.recorder.measure()
         with self.clock("merge"):
-            self.merger.merge(step, decay=self.schedule.master_decay(step) if everywhere else 0.0)
+            self.merger.merge(step, decay=self.schedule.master_decay(step), last=last)
             self.optimizer.restart(self.config.merge.optimizer_state)
         self.state.merge_seconds += time.perf_counter() - began
 
@@ -268,6 +270,7 @@ class Trainer:
 
     def save(self, *, top1: float | None, wait: bool) -> None:
         """Save after this step, when the save before is through."""
+        self.state.saved_step = self.state.step
         with self.saving():
             self.checkpoints.save(
                 self.pieces(),

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lte_scale.arrangement import Arrangement
 from lte_scale.config.schema import Config, ModelConfig
+from lte_scale.cost import shapes_of
 from lte_scale.initial import base_slice
 from lte_scale.model import Heads, attach, build
+from lte_scale.topology import Topology
 
 TINY = ModelConfig(
     name="vit_tiny_patch16_224",
@@ -60,11 +63,12 @@ class Reference:
             self.masters[name] = flat.view(shape)
         self.replica_masters = {name: p.detach().clone() for name, p in self.heads[0].replicas.items()}
         self.momenta: dict[str, Tensor] = {}
-        self._start_windows()
-
-    def _start_windows(self) -> None:
-        self.node_weights = [{n: w.clone() for n, w in self.masters.items()} for _ in range(self.nodes)]
+        self.node_weights = [{n: w.clone() for n, w in self.masters.items()} for _ in range(nodes)]
         self._write_weights()
+        shapes = Arrangement(shapes_of(self.heads[0]), Topology(nodes=nodes), config)
+        self.cadence, self.fragment_of = shapes.cadence, shapes.fragment_of
+        self.under_way: dict[str, Tensor] = {}
+        self.left: list[dict[str, Tensor]] = []
 
     def _write_weights(self) -> None:
         for head, heads in enumerate(self.heads):
@@ -73,13 +77,13 @@ class Reference:
                     self.node_weights[head // self.heads_per_node][name], requires_grad=False
                 )
 
-    def run(self, steps: int, batches: Callable[[int, int], Batch]) -> None:
-        merge = self.config.merge
+    def run(self, steps: int, batches: Callable[[int, int], Batch], *, whole: bool = False) -> None:
+        """`whole`: the last step ends the run."""
         for step in range(1, steps + 1):
             for head in range(len(self.models)):
                 self._step(head, *batches(step, head))
-            if step % (merge.local_every or merge.every) == 0:
-                self._merge(step % merge.every == 0)
+            if self.cadence.due(step):
+                self._merge(step, last=whole and step == steps)
 
     def _step(self, head: int, images: Tensor, labels: Tensor) -> None:
         F.cross_entropy(self.models[head](images), labels).backward()
@@ -97,37 +101,57 @@ class Reference:
             delta = delta - layer.B_prev[0].double() @ layer.A_prev[0].double()
         return layer.scale * delta
 
+    def _of_node(self, node: int) -> range:
+        return range(node * self.heads_per_node, (node + 1) * self.heads_per_node)
+
     @torch.no_grad()
-    def _merge(self, everywhere: bool) -> None:
-        per_node = [range(k * self.heads_per_node, (k + 1) * self.heads_per_node) for k in range(self.nodes)]
-        for node, ids in enumerate(per_node):
-            for name, weight in self.node_weights[node].items():
-                weight.add_(torch.stack([self._delta(h, name) for h in ids]).mean(0).float())
-        groups = [range(len(self.heads))] if everywhere else per_node
-        means = [
-            {n: torch.stack([self.heads[h].replicas[n] for h in ids]).mean(0) for n in self.replica_masters}
-            for ids in groups
-        ]
-        if everywhere:
-            for name in self.masters:
-                mean = torch.stack([w[name] for w in self.node_weights]).mean(0)
-                self._outer(self.masters, name, mean)
-            for name in self.replica_masters:
-                self._outer(self.replica_masters, name, means[0][name])
-            means = [self.replica_masters]
-            self._start_windows()
-        for values, ids in zip(means, groups, strict=True):
-            for head in ids:
-                for name, parameter in self.heads[head].replicas.items():
-                    parameter.copy_(values[name])
+    def _merge(self, step: int, *, last: bool) -> None:
+        """Inside the nodes; what departs is the mean over them, which lands at once or `delay` steps later."""
+        landing = self.cadence.lands(step) if self.cadence.delay else None
+        if landing is not None:
+            self._land(landing)
+        departing, local = self.cadence.sets_sent(step, last=last), self.cadence.is_local(step)
+        names = [name for name, fragment in self.fragment_of.items() if local or fragment in departing]
+        for node, weights in enumerate(self.node_weights):
+            for name in names:
+                weights[name].add_(torch.stack([self._delta(h, name) for h in self._of_node(node)]).mean(0).float())
         for heads in self.heads:
-            for layer in heads.linears.values():
+            for layer in (heads.linears[name] for name in names):
                 if layer.A_prev is None or layer.B_prev is None:
                     layer.B.zero_()
                 else:
                     layer.A_prev.copy_(layer.A)
                     layer.B_prev.copy_(layer.B)
+        if local or 0 in departing:
+            self._mean_of_replicas()
+        self.under_way = {n: torch.stack([w[n] for w in self.node_weights]).mean(0) for n in names}
+        if last or not self.cadence.delay:
+            for fragment in departing:
+                self._land(fragment)
         self._restart_optimizers()
+
+    def _mean_of_replicas(self) -> None:
+        """The heads of a node continue from their mean, which may depart."""
+        self.left = []
+        for node in range(self.nodes):
+            ids = self._of_node(node)
+            means = {n: torch.stack([self.heads[h].replicas[n] for h in ids]).mean(0) for n in self.replica_masters}
+            for head in ids:
+                for name, parameter in self.heads[head].replicas.items():
+                    parameter.copy_(means[name])
+            self.left.append(means)
+
+    def _land(self, fragment: int) -> None:
+        for name in (name for name, of in self.fragment_of.items() if of == fragment):
+            self._outer(self.masters, name, self.under_way[name])
+            for weights in self.node_weights:
+                weights[name].copy_(self.masters[name])
+        if fragment:
+            return
+        for name, master in self.replica_masters.items():
+            self._outer(self.replica_masters, name, torch.stack([left[name] for left in self.left]).mean(0))
+            for head, heads in enumerate(self.heads):
+                heads.replicas[name].add_(master - self.left[head // self.heads_per_node][name])
 
     def _outer(self, masters: dict[str, Tensor], name: str, mean: Tensor) -> None:
         merge = self.config.merge

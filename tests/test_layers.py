@@ -38,11 +38,14 @@ LAYERS: dict[int, set[str]] = {
 PARTS = {
     "merge": {"contents"},  # of a checkpoint: the masters
     "contents": {"checkpoint"},
-    "arrangement": {"merge", "dense", "traffic", "memory", "baselines"},
-    "codec": {"arrangement", "exchange", "feedback", "replicas", "merge"},
+    "arrangement": {"merge", "copies", "dense", "traffic", "memory", "baselines"},
+    "cadence": {"arrangement", "merge"},
+    "codec": {"arrangement", "exchange", "feedback", "replicas", "copies"},
+    "copies": {"merge"},
     "dense": {"merge"},
     "exchange": {"merge", "health"},
     "feedback": {"dense", "replicas"},
+    "flight": {"merge"},
     "outer": {"merge", "replicas"},
     "replicas": {"merge"},
     "traffic": {"memory", "baselines"},

@@ -99,14 +99,7 @@ def test_killed_in_the_middle_of_everything(digits: Path, uninterrupted: Path, t
     run_dir = tmp_path / "killed"
     job = start(command(digits, run_dir, *INTERRUPTED))
     wait_for_step(job, run_dir, 13)
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"LTE_EMULATION={job.pid}-".encode() in environ.read_bytes():
-                os.kill(int(environ.parent.name), signal.SIGKILL)
-        except OSError:
-            continue
-    job.communicate(timeout=60)
-    assert job.returncode != 0
+    kill_all(job)
     output = finish(start(command(digits, run_dir, *INTERRUPTED)))
     assert "resumed from" in output
     assert_same_end(run_dir, uninterrupted)
@@ -128,6 +121,47 @@ def test_terminated_and_resumed(digits: Path, uninterrupted: Path, tmp_path: Pat
     assert f"at step {stopped} of 40" in output
     ours, theirs = tensors(whole_checkpoints(run_dir)[-1]), tensors(whole_checkpoints(uninterrupted)[-1])
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.slow
+def test_delayed_merges_killed_and_terminated(digits: Path, tmp_path: Path) -> None:
+    """Merges under way are in no checkpoint: it is saved, and the run stopped, when they have landed."""
+    merge = "merge={every: 8, local_every: 4, delay: 3, fragments: 2, precision: int8, outer: nesterov, outer_lr: 0.7}"
+    words = [*INTERRUPTED, merge, "checkpoint.every=4", "checkpoint.keep_last=20"]
+    whole, killed, terminated = tmp_path / "whole", tmp_path / "killed", tmp_path / "terminated"
+    finish(start(command(digits, whole, *words)))
+    steps = [int(path.name.removeprefix("step_")) for path in whole_checkpoints(whole)]
+    assert steps == [7, 11, 15, 19, 23, 27, 31, 35, 39, 40]
+    assert [r["step"] for r in records(whole) if "eval_top1" in r] == [11, 19, 27, 35, 40]
+
+    job = start(command(digits, killed, *words))
+    wait_for_step(job, killed, 13)
+    kill_all(job)
+    assert "resumed from" in finish(start(command(digits, killed, *words)))
+    assert_same_end(killed, whole)
+
+    job = start(command(digits, terminated, *words))
+    wait_for_step(job, terminated, 12)
+    job.send_signal(signal.SIGTERM)
+    assert "all ranks end after step" in finish(job, 128 + signal.SIGTERM)
+    stopped = int(whole_checkpoints(terminated)[-1].name.removeprefix("step_"))
+    assert 12 <= stopped < 40
+    assert stopped % 4 == 3
+    assert f"at step {stopped} of 40" in finish(start(command(digits, terminated, *words)))
+    ours, theirs = tensors(whole_checkpoints(terminated)[-1]), tensors(whole_checkpoints(whole)[-1])
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def kill_all(job: subprocess.Popen[str]) -> None:
+    """kill -9 of all that an emulation has started."""
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"LTE_EMULATION={job.pid}-".encode() in environ.read_bytes():
+                os.kill(int(environ.parent.name), signal.SIGKILL)
+        except OSError:
+            continue
+    job.communicate(timeout=60)
+    assert job.returncode != 0
 
 
 def test_bytes_cross_the_nodes_only_at_global_merges(uninterrupted: Path) -> None:

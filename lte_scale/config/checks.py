@@ -69,6 +69,7 @@ def _merge_and_base(config: Config) -> None:
             f"merge.local_every: {local} with base.scope 'global': one base over all nodes cannot differ between "
             f"them; use merge.local_every={merge.every} or base.scope=node"
         )
+    _delay_and_fragments(config)
     if base.scope == "node" and base.gather == "node":
         raise ConfigError(
             "base.gather: 'node' is for base.scope 'global'; with 'node' it is what base.gather=pass does"
@@ -87,6 +88,38 @@ def _merge_and_base(config: Config) -> None:
         raise ConfigError(
             f"engine.deepspeed_config: {config.engine.deepspeed_config!r} has no meaning for engine.name "
             f"{config.engine.name!r}; leave it out or use engine.name=deepspeed"
+        )
+
+
+def _delay_and_fragments(config: Config) -> None:
+    merge = config.merge
+    local = merge.local_every or merge.every
+    if merge.every % merge.fragments:
+        near = max(n for n in range(1, min(merge.fragments, merge.every) + 1) if merge.every % n == 0)
+        raise ConfigError(
+            f"merge.fragments: {merge.fragments} does not divide merge.every {merge.every}; nearest: {near}"
+        )
+    apart = merge.every // merge.fragments
+    if local < merge.every and apart % local:
+        raise ConfigError(
+            f"merge.fragments: {merge.fragments} merge {apart} steps apart, which merge.local_every {local} does not "
+            f"divide; use merge.fragments={merge.every // local} or fewer, or merge.local_every={merge.every}"
+        )
+    if merge.delay >= min(local, apart):
+        raise ConfigError(
+            f"merge.delay: {merge.delay} steps, but the next merge begins after {min(local, apart)}; use "
+            f"merge.delay={min(local, apart) - 1} or less"
+        )
+    if merge.delay and config.base.scope == "global":
+        raise ConfigError(
+            f"merge.delay: {merge.delay} with base.scope 'global': with one base over all nodes a node has no weights "
+            "of its own to go on from; use base.scope=node or merge.delay=0"
+        )
+    if merge.optimizer_state != "keep" and (merge.delay or merge.fragments > 1):
+        raise ConfigError(
+            f"merge.optimizer_state: {merge.optimizer_state!r} is for all layers at once, and with merge.delay "
+            f"{merge.delay} and merge.fragments {merge.fragments} they do not merge at once; use "
+            "merge.optimizer_state=keep"
         )
 
 

@@ -118,6 +118,19 @@ class MergeConfig:
 
     every: int = option(50, "Optimizer steps T between global merges.", least=1)
     local_every: int = option(0, "Steps between merges inside a node; divides `every`; 0 means the same.", least=0)
+    delay: int = option(
+        0,
+        "Steps a global merge takes: the exchange between nodes runs beside so many steps of training, in which a "
+        "node goes on from its own weights, and is applied after them. 0: everybody waits for it. Less than "
+        "`local_every` and than the steps between two fragments.",
+        least=0,
+    )
+    fragments: int = option(
+        1,
+        "Parts of the model, of about equal size, whose global merges are spread evenly over the window; divides "
+        "`every`.",
+        least=1,
+    )
     path: str = option(
         "auto",
         "factor: exchange A and B between nodes; dense: reduce their product; auto: per layer, what sends fewer bytes.",

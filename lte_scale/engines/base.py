@@ -37,6 +37,11 @@ def cut(shape: tuple[int, int], ranks: int, rank: int, *, rows: bool) -> Slice:
     return start * unit, stop * unit
 
 
+def cut_from(flat: Tensor, held: Slice, part: Slice) -> Tensor:
+    """The elements of `part` from a flat tensor that holds `held`."""
+    return flat[part[0] - held[0] : part[1] - held[0]]
+
+
 class Engine(Protocol):
     """Shards the frozen weights and gathers them for forward and backward.
 

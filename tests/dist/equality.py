@@ -32,9 +32,9 @@ class Outcome:
 class Run:
     """The pieces of a training run, put together by hand."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, timeout_seconds: float = 60) -> None:
         self.topology = from_environment(config.topology.heads_per_node)
-        self.collectives = Collectives(self.topology, timeout_seconds=60)
+        self.collectives = Collectives(self.topology, timeout_seconds=timeout_seconds)
         lte = assemble(config, CLASSES, self.collectives, torch.device("cpu"))
         self.engine, self.heads, self.merger, self.optimizer = lte.engine, lte.heads, lte.merger, lte.optimizer
         self.policy = config.merge.optimizer_state
@@ -45,22 +45,23 @@ class Run:
         batches = [head_batch(step, head, BATCH) for head in self.topology.my_heads]
         return torch.cat([x[mine] for x, _ in batches]), torch.cat([y[mine] for _, y in batches])
 
-    def step(self, step: int) -> None:
+    def step(self, step: int, *, last: bool = False) -> None:
         images, labels = self.batch(step)
         losses = F.cross_entropy(self.engine.model(images), labels, reduction="none")
         losses_H = losses.view(len(self.heads.ids), -1).mean(1)
         losses_H.sum().backward()
         self.optimizer.step(losses_H.detach())
         if self.merger.due(step):
-            self.merger.merge(step)
+            self.merger.merge(step, last=last)
             self.optimizer.restart(self.policy)
 
 
-def train(rank: int, config: Config, steps: int) -> Outcome:
+def train(rank: int, config: Config, steps: int, whole: bool = False) -> Outcome:
+    """`whole`: the last step ends the run."""
     run = Run(config)
     base_bytes = []
     for step in range(1, steps + 1):
-        run.step(step)
+        run.step(step, last=whole and step == steps)
         base_bytes.append(sum(n for (_, purpose), n in run.collectives.bytes_sent.items() if purpose == "base"))
     parts: dict[str, tuple[int, int, Tensor]] = {}
     with run.merger.editable():
