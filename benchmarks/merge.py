@@ -34,10 +34,10 @@ from merge_table import Run, accuracy_table, link_name, speed_table, write_betwe
 
 from lte_scale.config import ConfigError, dump, load_config
 
-# What the two rows of LTE add to the configuration that all methods share.
+# What the two rows of LTE add to the configuration that all methods share. Of 16 steps (--every) a fragment has 4.
 LTE = {
     "lte_plain": ["merge.precision=bf16"],
-    "lte_full": ["merge.precision=int8"],
+    "lte_full": ["merge.precision=int8", "merge.fragments=4", "merge.delay=3"],
 }
 PEERS = ("ddp", "fsdp", "diloco")
 METHODS = (*PEERS, *LTE)
@@ -47,7 +47,7 @@ MODEL += ["model.arguments={patch_size: 7}", "data.workers=0", "evaluate.every=0
 # For --accuracy: configs/vit_fashion.yaml with as many heads as ranks, and full-rank methods at their learning rate.
 GLOBAL_BATCH = 128
 FULL_RANK = ["optimizer.lr=1e-3"]
-# Every step of these costs the same; a window to warm up is for those that merge.
+# Every step of these costs the same; those that merge have a window to warm up.
 WARM_UP_STEPS = {"ddp": 2, "fsdp": 2}
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,39 +105,36 @@ def write_config(folder: Path, base: Path | None, overrides: Sequence[str]) -> P
 
 def measure(method: str, nodes: int, link: float | None, arguments: argparse.Namespace, data: Path) -> Run:
     """One run of one method: its figures between two steps, whole windows apart."""
-    every, window_steps = arguments.every, arguments.every * arguments.windows
-    first = min(WARM_UP_STEPS.get(method, every), every)
-    last = first + window_steps
-    overrides = [*MODEL, f"data.train={data / 'train'}", f"train.batch_size={arguments.batch_size}"]
-    overrides += [f"merge.every={every}", f"metrics.every={every}", "checkpoint.every=0", "metrics.heads_every=0"]
-    # A window more than is looked at: a run ends with a checkpoint, and with merges that nobody can hide.
-    overrides += [f"train.duration={last + every}", *arguments.set, *LTE.get(method, ())]
-    limit = math.inf if link is None else link
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        config = write_config(folder, None, overrides)
+        config = write_config(Path(name), None, speed_overrides(method, arguments, data))
+        first = first_mark(method, config)
+        last = first + arguments.every * arguments.windows
         if method in LTE:
             words = [script("merge_lte.py"), str(first), str(last), "train", str(config)]
         else:
             words = [script("peers.py"), method, str(config), "--marks", str(first), str(last)]
-        output = emulated(arguments, nodes, limit, words)
-        figures = told(output)
-        if figures is None:
-            sys.exit(f"{method}: told no figures\n{output}")
-        if method in LTE:
-            figures["merge_seconds"] = merge_seconds(folder / "run" / "metrics.jsonl", first, last)
+        output = emulated(arguments, nodes, math.inf if link is None else link, words)
+    figures = told(output)
+    if figures is None:
+        sys.exit(f"{method}: told no figures\n{output}")
     images = nodes * arguments.ranks_per_node * arguments.batch_size
     return {"method": method, "nodes": nodes, "link_mbit": link, "images_per_step": images, **figures}
 
 
-def records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def speed_overrides(method: str, arguments: argparse.Namespace, data: Path) -> list[str]:
+    """The configuration of a run that is measured: no evaluation, and nothing saved but at the end."""
+    overrides = [*MODEL, f"data.train={data / 'train'}", f"train.batch_size={arguments.batch_size}"]
+    overrides += [f"merge.every={arguments.every}", f"metrics.every={arguments.every}"]
+    overrides += ["checkpoint.every=0", "metrics.heads_every=0"]
+    # A window to warm up, and one after the last mark: a run ends with a checkpoint and with merges that nothing hides.
+    overrides += [f"train.duration={arguments.every * (arguments.windows + 2)}"]
+    return [*overrides, *arguments.set, *LTE.get(method, ())]
 
 
-def merge_seconds(path: Path, first: int, last: int) -> float:
-    """Seconds that rank 0 was held up in merges between two steps, by the run's own records."""
-    at = {record["step"]: record["merge_seconds"] for record in records(path)}
-    return float(at[last] - at[first])
+def first_mark(method: str, config: Path) -> int:
+    """The step after which a method is warm, and no merge is under way."""
+    merge = load_config(config).merge
+    return WARM_UP_STEPS.get(method, merge.every + (merge.delay if method in LTE else 0))
 
 
 def train(method: str, seed: int, arguments: argparse.Namespace, data: Path, folder: Path) -> Run:
@@ -145,14 +142,14 @@ def train(method: str, seed: int, arguments: argparse.Namespace, data: Path, fol
     nodes = arguments.nodes[0]
     overrides = [f"data={{train: {data / 'train'}, val: {data / 'val'}, workers: 0}}", "topology.heads_per_node=0"]
     overrides += [f"train.batch_size={GLOBAL_BATCH // (nodes * arguments.ranks_per_node)}", f"seed={seed}"]
-    overrides += [f"train.duration={duration(arguments)}", *arguments.set]
+    overrides += [f"train.duration={duration(arguments)}", f"merge.every={arguments.every}", *arguments.set]
     overrides += LTE.get(method, FULL_RANK)
     folder.mkdir(parents=True, exist_ok=True)
     config = write_config(folder, ROOT / "configs" / "vit_fashion.yaml", overrides)
     figures: dict[str, Any] | None
     if method in LTE:  # goes on from its last checkpoint
         emulated(arguments, nodes, None, ["train", str(config)])
-        figures = records(folder / "run" / "metrics.jsonl")[-1]
+        figures = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     else:
         figures = told(emulated(arguments, nodes, None, [script("peers.py"), method, str(config)]))
     if figures is None or "eval_top1" not in figures:
@@ -167,10 +164,10 @@ def duration(arguments: argparse.Namespace) -> str:
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What must be the same for runs to be in one table."""
     shared = {"ranks_per_node": arguments.ranks_per_node, "set": arguments.set, "lte": LTE, "data": arguments.data}
+    shared["merge_every"] = arguments.every
     if arguments.accuracy:
         return {**shared, "duration": duration(arguments), "nodes": arguments.nodes[0], "global_batch": GLOBAL_BATCH}
-    windows = {"merge_every": arguments.every, "windows": arguments.windows}
-    return {**shared, **windows, "batch_size_per_rank": arguments.batch_size, "model": MODEL}
+    return {**shared, "windows": arguments.windows, "batch_size_per_rank": arguments.batch_size, "model": MODEL}
 
 
 def about(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -223,7 +220,7 @@ def speed(arguments: argparse.Namespace) -> None:
             runs.append(run)
             save(path, runs, arguments)
             print(f"round {number}: {nodes} nodes, {link_name(link)}: {run}", flush=True)
-    publish(arguments, "merge", speed_table(runs), f"{arguments.rounds} rounds")
+    publish(arguments, "merge", speed_table(runs), f"rounds: {arguments.rounds}")
 
 
 def accuracy(arguments: argparse.Namespace) -> None:
