@@ -20,19 +20,18 @@ import itertools
 import json
 import math
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from merge_jobs import ROOT, emulated, hardware, script, shards, write_config
 from merge_marks import told
 from merge_table import Run, accuracy_table, link_name, speed_table, write_between_marks
 
-from lte_scale.config import ConfigError, dump, load_config
+from lte_scale.config import ConfigError, load_config
 
 # What the two rows of LTE add to the configuration that all methods share. Of 16 steps (--every) a fragment has 4.
 LTE = {
@@ -50,9 +49,8 @@ FULL_RANK = ["optimizer.lr=1e-3"]
 # Every step of these costs the same; those that merge have a window to warm up.
 WARM_UP_STEPS = {"ddp": 2, "fsdp": 2}
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-FASHION = Path("/usr/share/datasets/fashion-mnist")
+FASHION, DIGITS = Path("/usr/share/datasets/fashion-mnist"), "digits"
 
 
 def refuse(arguments: argparse.Namespace) -> str:
@@ -60,8 +58,9 @@ def refuse(arguments: argparse.Namespace) -> str:
     if "diloco" in arguments.methods and importlib.util.find_spec("torchft") is None:
         return "diloco needs the package torchft: pip install 'lte-scale[bench]', or leave it out of --methods"
     if arguments.accuracy:
-        if not (arguments.data or FASHION.exists()):
-            return f"--accuracy needs {FASHION}: apt-get install dataset-fashion-mnist, or give --data"
+        # The digits are too few to tell methods apart.
+        if arguments.data == DIGITS:
+            return f"--accuracy needs {FASHION}: apt-get install dataset-fashion-mnist, or other images by --data"
         return ""
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
@@ -69,38 +68,6 @@ def refuse(arguments: argparse.Namespace) -> str:
     if os.geteuid() != 0:
         return "network namespaces need root"
     return ""
-
-
-def shards(arguments: argparse.Namespace, folder: Path) -> Path:
-    """Write shards of Fashion-MNIST where it is installed, else of scikit-learn's digits, and return where."""
-    source = arguments.data or (str(FASHION) if FASHION.exists() else "digits")
-    command = [sys.executable, "-m", "lte_scale", "shards", source, str(folder / "shards")]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-    return folder / "shards"
-
-
-def emulated(arguments: argparse.Namespace, nodes: int, link_mbit: float | None, words: Sequence[str]) -> str:
-    """Run `words` on emulated nodes; what it printed. `link_mbit` None: without network namespaces."""
-    command = [sys.executable, str(ROOT / "launchers" / "emulate.py"), "--nodes", str(nodes)]
-    command += ["--ranks-per-node", str(arguments.ranks_per_node)]
-    command += ["--link-mbit", f"{link_mbit:g}"] if link_mbit is not None else []
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run([*command, "--", *words], capture_output=True, text=True, check=False, env=environ)
-    if done.returncode:
-        sys.exit(f"{' '.join(words)}: failed\n{done.stdout}{done.stderr}")
-    return done.stdout
-
-
-def script(name: str) -> str:
-    return str(ROOT / "benchmarks" / name)
-
-
-def write_config(folder: Path, base: Path | None, overrides: Sequence[str]) -> Path:
-    """The configuration of one run in a file of `folder`, and its run directory there."""
-    path = folder / "config.yaml"
-    path.write_text(dump(load_config(base, [*overrides, f"run_dir={folder / 'run'}"])))
-    return path
 
 
 def measure(method: str, nodes: int, link: float | None, arguments: argparse.Namespace, data: Path) -> Run:
@@ -113,7 +80,7 @@ def measure(method: str, nodes: int, link: float | None, arguments: argparse.Nam
             words = [script("merge_lte.py"), str(first), str(last), "train", str(config)]
         else:
             words = [script("peers.py"), method, str(config), "--marks", str(first), str(last)]
-        output = emulated(arguments, nodes, math.inf if link is None else link, words)
+        output = emulated(nodes, arguments.ranks_per_node, math.inf if link is None else link, words)
     figures = told(output)
     if figures is None:
         sys.exit(f"{method}: told no figures\n{output}")
@@ -139,19 +106,19 @@ def first_mark(method: str, config: Path) -> int:
 
 def train(method: str, seed: int, arguments: argparse.Namespace, data: Path, folder: Path) -> Run:
     """One run of one method to its end: held-out accuracy."""
-    nodes = arguments.nodes[0]
+    nodes, ranks = arguments.nodes[0], arguments.ranks_per_node
     overrides = [f"data={{train: {data / 'train'}, val: {data / 'val'}, workers: 0}}", "topology.heads_per_node=0"]
-    overrides += [f"train.batch_size={GLOBAL_BATCH // (nodes * arguments.ranks_per_node)}", f"seed={seed}"]
+    overrides += [f"train.batch_size={GLOBAL_BATCH // (nodes * ranks)}", f"seed={seed}"]
     overrides += [f"train.duration={duration(arguments)}", f"merge.every={arguments.every}", *arguments.set]
     overrides += LTE.get(method, FULL_RANK)
     folder.mkdir(parents=True, exist_ok=True)
     config = write_config(folder, ROOT / "configs" / "vit_fashion.yaml", overrides)
     figures: dict[str, Any] | None
     if method in LTE:  # goes on from its last checkpoint
-        emulated(arguments, nodes, None, ["train", str(config)])
+        emulated(nodes, ranks, None, ["train", str(config)])
         figures = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     else:
-        figures = told(emulated(arguments, nodes, None, [script("peers.py"), method, str(config)]))
+        figures = told(emulated(nodes, ranks, None, [script("peers.py"), method, str(config)]))
     if figures is None or "eval_top1" not in figures:
         sys.exit(f"{method}: told no accuracy")
     return {"method": method, "seed": seed, "eval_top1": figures["eval_top1"]}
@@ -184,13 +151,6 @@ def about(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def hardware() -> str:
-    """Cores and name of the processor."""
-    text = Path("/proc/cpuinfo").read_text()
-    name = next((line.split(":")[1].strip() for line in text.splitlines() if "model name" in line), platform.machine())
-    return f"{os.cpu_count()} cores, {name}"
-
-
 def kept(path: Path, arguments: argparse.Namespace) -> list[Run]:
     """The runs in `path`, if they were made with these settings."""
     if not path.exists():
@@ -212,7 +172,7 @@ def speed(arguments: argparse.Namespace) -> None:
     made = {(run["round"], run["nodes"], run["link_mbit"], run["method"]) for run in runs}
     plan = itertools.product(range(1, arguments.rounds + 1), arguments.nodes, arguments.links, arguments.methods)
     with tempfile.TemporaryDirectory() as folder:
-        data = shards(arguments, Path(folder))
+        data = shards(arguments.data, Path(folder))
         for number, nodes, link, method in plan:
             if (number, nodes, link, method) in made:
                 continue
@@ -230,8 +190,9 @@ def accuracy(arguments: argparse.Namespace) -> None:
     made = {(run["seed"], run["method"]) for run in runs}
     arguments.work.mkdir(parents=True, exist_ok=True)
     data = arguments.work / "shards"
-    if not data.exists():
-        shards(arguments, arguments.work)
+    if not data.exists():  # under its name once it is whole
+        with tempfile.TemporaryDirectory(dir=arguments.work) as folder_name:
+            shards(arguments.data, Path(folder_name)).rename(data)
     for seed, method in itertools.product(arguments.seeds, arguments.methods):
         if (seed, method) in made:
             continue
@@ -273,7 +234,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=2, help="of so many steps, that are measured")
     parser.add_argument("--batch-size", type=int, default=8, help="images per rank and step")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration of all methods")
-    parser.add_argument("--data", default="", help="what `lte-scale shards` reads; default Fashion-MNIST, else digits")
+    data = str(FASHION) if FASHION.exists() else DIGITS
+    parser.add_argument("--data", default=data, help=f"what `lte-scale shards` reads; here by default {data}")
     parser.add_argument("--continue", dest="go_on", action="store_true", help="keep the runs of an interrupted call")
     parser.add_argument("--accuracy", action="store_true", help="train to the end, on the first of --nodes")
     parser.add_argument("--epochs", type=float, default=5.0)
