@@ -72,7 +72,7 @@ bench-merge: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	(for tool in ip tc; do command -v $$tool >/dev/null || exit 1; done) || \
 	    { apt-get -qq update && apt-get -qq install -y iproute2; } </dev/null
-	$(BIN)/python benchmarks/merge.py --continue
+	$(BIN)/python benchmarks/merge.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -180,7 +180,7 @@ def speed(arguments: argparse.Namespace) -> None:
             runs.append(run)
             save(path, runs, arguments)
             print(f"round {number}: {nodes} nodes, {link_name(link)}: {run}", flush=True)
-    publish(arguments, "merge", speed_table(runs), f"rounds: {arguments.rounds}")
+    publish(arguments, "merge", speed_table(runs), f"rounds: {arguments.rounds}; {Path(arguments.data).name}")
 
 
 def accuracy(arguments: argparse.Namespace) -> None:
@@ -200,7 +200,8 @@ def accuracy(arguments: argparse.Namespace) -> None:
         runs.append(train(method, seed, arguments, data, folder))
         save(path, runs, arguments)
         print(runs[-1], flush=True)
-    samples = f"{duration(arguments)} of Fashion-MNIST, {GLOBAL_BATCH} images per step"
+    length = f"{arguments.epochs:g} epochs" if arguments.steps is None else f"{arguments.steps} steps"
+    samples = f"{length} of {Path(arguments.data).name}, {GLOBAL_BATCH} images per step"
     publish(arguments, "merge_accuracy", accuracy_table(runs), samples)
 
 
@@ -231,7 +232,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ranks-per-node", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--every", type=int, default=16, help="steps between merges, of DiLoCo too")
-    parser.add_argument("--windows", type=int, default=2, help="of so many steps, that are measured")
+    parser.add_argument("--windows", type=int, default=1, help="of so many steps, that are measured")
     parser.add_argument("--batch-size", type=int, default=8, help="images per rank and step")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration of all methods")
     data = str(FASHION) if FASHION.exists() else DIGITS

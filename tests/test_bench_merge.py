@@ -74,7 +74,7 @@ def test_refuses_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("tc"), reason="needs root and iproute2")
 def test_lte_sends_less_than_ddp_and_ddp_what_arithmetic_says(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--methods", "ddp", "lte_full", "--nodes", "2", "--links", "1000"]
-    command += ["--rounds", "1", "--windows", "1", "--batch-size", "2", "--data", "digits", "--out", str(tmp_path)]
+    command += ["--rounds", "1", "--batch-size", "2", "--data", "digits", "--out", str(tmp_path)]
     command += ["--set", "model.arguments={patch_size: 7, embed_dim: 192, depth: 2, num_heads: 3}"]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ, timeout=280)
