@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv demo test test-slow test-deepspeed test-slurm test-docker test-observability bench-engines bench-metrics lint format docs dashboards clean
+.PHONY: help venv demo test test-slow test-deepspeed test-slurm test-docker test-observability bench-engines bench-metrics bench-merge lint format docs dashboards clean
 
 help:
 	@echo "make demo       train LTE on real images on this machine, to a picture"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slurm  the job scripts on a real Slurm of emulated nodes (root)"
 	@echo "make test-docker  docker/Dockerfile.cpu followed in a clean Debian, and a training in it (root, no engine)"
 	@echo "make test-observability  a real Prometheus on an emulated run, the report in a browser (root, apt)"
+	@echo "make bench-merge     LTE against DDP, FSDP and DiLoCo on emulated nodes with slow links (root; hours)"
 	@echo "make bench-metrics   what metrics cost a step"
 	@echo "make bench-engines   step time, memory and merge time of the engines, side by side"
 	@echo "make lint       ruff, mypy, shellcheck"
@@ -66,6 +67,12 @@ bench-engines: venv
 
 bench-metrics: venv
 	$(BIN)/python benchmarks/metrics.py
+
+bench-merge: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	(for tool in ip tc; do command -v $$tool >/dev/null || exit 1; done) || \
+	    { apt-get -qq update && apt-get -qq install -y iproute2; } </dev/null
+	$(BIN)/python benchmarks/merge.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import re
 import shutil
@@ -34,7 +35,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Network:
-    """K network namespaces on a bridge, each with a throttled link. A context manager that leaves nothing behind."""
+    """K network namespaces on a bridge, each with a link of so many Mbit/s, or with `inf` as fast as the machine is.
+
+    A context manager that leaves nothing behind.
+    """
 
     def __init__(self, nodes: int, mbit: float) -> None:
         self.mbit, pid = mbit, os.getpid()
@@ -68,8 +72,9 @@ class Network:
                 _ip("-n", namespace, "addr", "add", f"{self.address(node)}/24", "dev", "eth0")
                 for device in ("lo", "eth0"):
                     _ip("-n", namespace, "link", "set", device, "up")
-                limit = ["tbf", "rate", f"{self.mbit:g}mbit", "burst", "256kb", "latency", "50ms"]
-                _run("tc", "-n", namespace, "qdisc", "add", "dev", "eth0", "root", *limit)
+                if math.isfinite(self.mbit):
+                    limit = ["tbf", "rate", f"{self.mbit:g}mbit", "burst", "256kb", "latency", "50ms"]
+                    _run("tc", "-n", namespace, "qdisc", "add", "dev", "eth0", "root", *limit)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -236,14 +241,17 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, required=True, metavar="K", help="number of nodes")
     parser.add_argument("--ranks-per-node", type=int, required=True, metavar="G", help="ranks of each node")
     parser.add_argument(
-        "--link-mbit", type=float, metavar="M", help="throttle each node's link (needs root, ip and tc)"
+        "--link-mbit",
+        type=float,
+        metavar="M",
+        help="a link of so many Mbit/s for each node, inf for one without a limit (needs root, ip and tc)",
     )
     parser.add_argument("command", nargs="+", metavar="-- COMMAND", help="train CONFIG [key=value ...]")
     arguments = parser.parse_args(words)
     if arguments.nodes < 1 or arguments.ranks_per_node < 1:
         parser.error(f"--nodes {arguments.nodes} --ranks-per-node {arguments.ranks_per_node}: both must be at least 1")
     if arguments.link_mbit is not None:
-        if arguments.link_mbit <= 0:
+        if not arguments.link_mbit > 0:
             parser.error(f"--link-mbit {arguments.link_mbit:g}: must be above 0")
         missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
         if missing or os.geteuid() != 0:
