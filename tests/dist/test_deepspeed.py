@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lte_scale.config.schema import Config, EngineConfig
+from tests.dist import test_delay
 from tests.dist.equality import Run, train
 from tests.dist.test_checkpoint import (
     SAVED,
@@ -41,6 +42,14 @@ def test_two_nodes_of_two_ranks(zero4: DistributedPool, case: Case) -> None:
     mode, heads, _place, _path, local_every, outer = case
     outcomes = zero4.run(train, with_deepspeed(configuration(*case)), STEPS, ranks_per_node=2)
     assert_equal(outcomes, reference(mode, 2, heads, local_every, outer, "keep"))
+
+
+@pytest.mark.parametrize("timing", test_delay.TIMINGS[3:6], ids=lambda t: f"d{t.delay}-f{t.fragments}-l{t.local_every}")
+@pytest.mark.parametrize(("mode", "heads", "path"), [("reset", 2, "dense"), ("resetless", 1, "factor")])
+def test_merges_under_way(zero4: DistributedPool, mode: str, heads: int, path: str, timing: test_delay.Timing) -> None:
+    config = with_deepspeed(test_delay.delayed(mode, heads, path, timing, "nesterov"))
+    outcomes = zero4.run(train, config, timing.steps, timing.whole, ranks_per_node=2)
+    assert_equal(outcomes, test_delay.reference(mode, 2, heads, timing, "nesterov"))
 
 
 @pytest.mark.parametrize("place", PLACES[:3])
