@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from figures import tell, told, write_between_marks
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERY = 4
@@ -79,8 +80,7 @@ def work(case: Case, arguments: argparse.Namespace) -> None:
             steps.append(stepped - began)
     figures = {"step_seconds": statistics.median(steps), "merge_seconds": statistics.median(merges[1:])}
     figures["memory_bytes"] = _memory(device) - before
-    if dist.get_rank() == 0:
-        print("FIGURES " + json.dumps(figures), flush=True)
+    tell(figures)
     dist.destroy_process_group()
 
 
@@ -111,10 +111,9 @@ def run(case: Case, arguments: argparse.Namespace) -> dict[str, float]:
     command += ["--batch-size", str(arguments.batch_size)]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"} if arguments.device == "cpu" else None
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
-    if done.returncode or not lines:
+    figures = told(done.stdout)
+    if done.returncode or figures is None:
         sys.exit(f"{' '.join(case)}: failed\n{done.stdout}{done.stderr}")
-    figures: dict[str, float] = json.loads(lines[0].removeprefix("FIGURES "))
     return figures
 
 
@@ -172,9 +171,7 @@ def main() -> None:
     )
     print(text)
     page = ROOT / "docs" / "engines.md"
-    before, mark, rest = page.read_text().partition(f"<!-- engines_{arguments.device} -->\n")
-    if mark:
-        page.write_text(f"{before}{mark}\n{text}\n\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
+    write_between_marks(page, f"engines_{arguments.device}", text)
 
 
 if __name__ == "__main__":

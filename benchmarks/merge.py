@@ -27,9 +27,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from merge_jobs import ROOT, emulated, hardware, script, shards, write_config
-from merge_marks import told
-from merge_table import Run, accuracy_table, link_name, speed_table, write_between_marks
+from figures import hardware, told, write_between_marks
+from merge_jobs import ROOT, emulated, script, shards, write_config
+from merge_table import Run, accuracy_table, link_name, speed_table
 
 from lte_scale.config import ConfigError, load_config
 
@@ -212,7 +212,7 @@ def publish(arguments: argparse.Namespace, name: str, table: str, what: str) -> 
     text = f"{table}\n\n`{facts['command']}`: {what}; {facts['hardware']}; {versions}; {facts['date']}."
     print(text)
     if arguments.out == RESULTS:
-        write_between_marks(name, text)
+        write_between_marks(ROOT / "docs" / "merge.md", name, text)
 
 
 def link(text: str) -> float | None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,7 +11,9 @@ from pathlib import Path
 from lte_scale.config import dump, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-_PR_SET_PDEATHSIG = 1
+sys.path.append(str(ROOT / "launchers"))
+
+from parent_death import die_with_parent  # noqa: E402
 
 
 def shards(source: str, folder: Path) -> Path:
@@ -40,17 +39,12 @@ def emulated(nodes: int, ranks_per_node: int, link_mbit: float | None, words: Se
         text=True,
         env=environ,
         start_new_session=True,
-        preexec_fn=end_with_us,
+        preexec_fn=die_with_parent,
     ) as job:
         output, errors = job.communicate()
     if job.returncode:
         sys.exit(f"{' '.join(words)}: failed\n{output}{errors}")
     return output
-
-
-def end_with_us() -> None:
-    """For `preexec_fn`: the child is asked to end when this process has ended."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def script(name: str) -> str:
@@ -62,10 +56,3 @@ def write_config(folder: Path, base: Path | None, overrides: Sequence[str]) -> P
     path = folder / "config.yaml"
     path.write_text(dump(load_config(base, [*overrides, f"run_dir={folder / 'run'}"])))
     return path
-
-
-def hardware() -> str:
-    """Cores and name of the processor."""
-    text = Path("/proc/cpuinfo").read_text()
-    name = next((line.split(":")[1].strip() for line in text.splitlines() if "model name" in line), platform.machine())
-    return f"{os.cpu_count()} cores, {name}"

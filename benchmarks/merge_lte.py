@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from merge_marks import Marks, tell
+from figures import tell
+from merge_marks import Marks
 
 from lte_scale import launch
 from lte_scale.cli import main

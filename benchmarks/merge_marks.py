@@ -7,7 +7,6 @@ the price of a second run and of its noise.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 COUNTER = Path("/sys/class/net/eth0/statistics/tx_bytes")
-PREFIX = "FIGURES "
 
 
 class Marks:
@@ -49,16 +47,3 @@ class Marks:
         (began, before), (ended, after) = self.read[self.first], self.read[self.last]
         sent = [late - early for early, late in zip(before, after, strict=True)]
         return {"steps": self.last - self.first, "seconds": ended - began, "bytes_by_node": sent}
-
-
-def tell(figures: dict[str, Any]) -> None:
-    """From rank 0 to the script that started the run."""
-    if dist.get_rank() == 0:
-        print(PREFIX + json.dumps(figures), flush=True)
-
-
-def told(output: str) -> dict[str, Any] | None:
-    """What `tell` printed, if it did."""
-    lines = [line for line in output.splitlines() if line.startswith(PREFIX)]
-    figures: dict[str, Any] | None = json.loads(lines[-1].removeprefix(PREFIX)) if lines else None
-    return figures

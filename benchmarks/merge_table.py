@@ -101,10 +101,3 @@ def accuracy_table(runs: Sequence[Run]) -> str:
         top1 = [100 * r["eval_top1"] for r in runs if r["method"] == method]
         lines.append(f"| `{method}` | {spread(top1)} | {len(top1)} |")
     return "\n".join(lines)
-
-
-def write_between_marks(name: str, text: str) -> None:
-    """Put `text` between the marks `name` of the page, if it has them."""
-    before, mark, rest = PAGE.read_text().partition(f"<!-- {name} -->\n")
-    if mark:
-        PAGE.write_text(f"{before}{mark}\n{text}\n\n<!-- end -->{rest.partition('<!-- end -->')[2]}")

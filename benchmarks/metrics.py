@@ -17,7 +17,6 @@ import datetime
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from figures import hardware, tell, told, write_between_marks
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 10  # metrics.every, as by default
@@ -97,8 +97,7 @@ def work(arguments: argparse.Namespace) -> None:
                 if number:  # the first is for starting up
                     blocks[kind].append(time.perf_counter() - began)
         trainer.recorder.board = running[2]
-    if dist.get_rank() == 0:
-        print("FIGURES " + json.dumps(blocks), flush=True)
+    tell(blocks)
     dist.destroy_process_group()
 
 
@@ -159,10 +158,9 @@ def run(arguments: argparse.Namespace, words: list[str]) -> dict[str, list[float
         command += ["--blocks", str(arguments.blocks), *words]
         environ = {**os.environ, "OMP_NUM_THREADS": "1"} if arguments.device == "cpu" else None
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
-    if done.returncode or not lines:
+    figures = told(done.stdout)
+    if done.returncode or figures is None:
         sys.exit(f"{' '.join(words)}: failed\n{done.stdout}{done.stderr}")
-    figures: dict[str, list[float]] = json.loads(lines[0].removeprefix("FIGURES "))
     return figures
 
 
@@ -211,26 +209,19 @@ def main() -> None:
     about = {
         "date": datetime.date.today().isoformat(),
         "commit": commit.strip(),
-        "hardware": torch.cuda.get_device_name() if arguments.device == "cuda" else _cpu(),
+        "hardware": torch.cuda.get_device_name() if arguments.device == "cuda" else hardware(),
         "torch": importlib.metadata.version("torch"),
         "command": " ".join(["benchmarks/metrics.py", *sys.argv[1:]]),
         "seconds of blocks of 10 steps": results,
     }
     path.write_text(json.dumps(about, indent=1) + "\n")
-    text = "\n".join(
-        [*lines, "", f"Medians of {arguments.blocks} pairs of blocks; {about['hardware']}, {about['date']}."]
+    facts = (
+        f"`{about['command']}`: medians of {arguments.blocks} pairs of blocks; {about['hardware']}, {about['date']}."
     )
+    text = "\n".join([*lines, "", facts])
     print(text)
     page = ROOT / "docs" / "observability.md"
-    before, mark, rest = page.read_text().partition(f"<!-- metrics_{arguments.device} -->\n")
-    if mark:
-        page.write_text(f"{before}{mark}\n{text}\n\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
-
-
-def _cpu() -> str:
-    text = Path("/proc/cpuinfo").read_text()
-    name = next((line.split(":")[1].strip() for line in text.splitlines() if "model name" in line), platform.machine())
-    return f"{os.cpu_count()} cores, {name}"
+    write_between_marks(page, f"metrics_{arguments.device}", text)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import processor
 from torch import nn
 from torch.optim import Optimizer
 
@@ -39,11 +40,6 @@ def parameters_of(model: str, device: torch.device) -> list[nn.Parameter]:
     for parameter in parameters:
         parameter.grad = 1e-3 * torch.randn_like(parameter)
     return parameters
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def step_ms(optimizer: Optimizer, device: torch.device) -> float:
@@ -83,7 +79,7 @@ def main() -> None:
         "command": " ".join(["benchmarks/optimizers.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "commit": commit,
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "milliseconds": runs,

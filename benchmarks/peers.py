@@ -17,13 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from merge_marks import Marks, tell
+from figures import tell
+from merge_marks import Marks
 from merge_methods import DDP, FSDP, Peer
 from torch import nn
 
+from lte_scale.assemble import train_stream
 from lte_scale.collectives import Collectives
 from lte_scale.config import Config, load_config
-from lte_scale.data import Batch, TrainStream, open_index
+from lte_scale.data import Batch, open_index
 from lte_scale.evaluate import Evaluator
 from lte_scale.initial import base_slice, seed_of
 from lte_scale.model import build, initial_std
@@ -56,24 +58,6 @@ def peer_of(method: str, model: nn.Module, config: Config, topology: Topology) -
 
         return TorchftDiLoCo(model, config, topology)
     return (DDP if method == "ddp" else FSDP)(model, config, topology)
-
-
-def stream_of(config: Config, classes: int, topology: Topology) -> TrainStream:
-    """The batches of the head that LTE has on this rank."""
-    return TrainStream(
-        open_index(config.data.train),
-        heads=topology.my_heads,
-        total_heads=topology.heads,
-        member=0,
-        members=1,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        image_size=config.model.image_size,
-        channels=config.model.channels,
-        num_classes=classes,
-        augment=config.augment,
-        data=config.data,
-    )
 
 
 def train_step(
@@ -125,7 +109,7 @@ def run(method: str, config: Config, marked: tuple[int, int] | None) -> dict[str
     parameters = sum(p.numel() for p in model.parameters())
     peer = peer_of(method, model, config, topology)
     measured = Measured(Marks(*marked, topology.ranks_per_node), peer) if marked else None
-    batches = stream_of(config, classes, topology).iterate()
+    batches = train_stream(config, index, classes, topology).iterate()
     steps = marked[1] if marked else schedule.total
     for step in range(1, steps + 1):
         train_step(peer, batches, config, schedule, autocast, step)

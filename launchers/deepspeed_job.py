@@ -9,7 +9,6 @@ the job of this hostfile and port alone, where DeepSpeed itself would end every 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.util
 import os
 import re
@@ -23,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 import hostfile
+from parent_death import die_with_parent
 
 REFUSED = 2
 SCRIPT = Path(__file__).resolve().with_name("train.py")
@@ -30,7 +30,6 @@ AGENT = f"^{re.escape(sys.executable)} -u -m deepspeed\\.launcher\\.launch "
 # DeepSpeed's agents give their ranks 30 s to end.
 GRACE_SECONDS = 60.0
 PASSED_ON = ("PATH", "OMP_NUM_THREADS", "DS_ACCELERATOR", "GLOO_", "NCCL_", "TORCH_", "LTE_")
-_PR_SET_PDEATHSIG = 1
 
 
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -134,7 +133,7 @@ class Job:
             stdin=subprocess.DEVNULL,
             pass_fds=[file],
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         os.close(file)
 
@@ -172,10 +171,6 @@ class Job:
             print(f"launchers/deepspeed.sh: {waited}", file=sys.stderr)
             return set()
         return nodes & set(done.stdout.split())
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def main() -> int:

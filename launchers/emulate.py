@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import logging
 import math
 import os
@@ -28,10 +27,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from parent_death import die_with_parent
+
 GRACE_SECONDS = 25.0
 MARK = "LTE_EMULATION"
 ETC = Path("/etc/netns")
-_PR_SET_PDEATHSIG = 1
 
 
 class Network:
@@ -142,7 +142,7 @@ class Nodes:
             command += ["--", *self.arguments.command]
             # An own session: Ctrl-C on the terminal reaches this process alone, which then asks every node once.
             self.agents.append(
-                subprocess.Popen(command, env=self._environment(), start_new_session=True, preexec_fn=_die_with_parent)
+                subprocess.Popen(command, env=self._environment(), start_new_session=True, preexec_fn=die_with_parent)
             )
 
     def _size(self) -> list[str]:
@@ -201,10 +201,6 @@ class Nodes:
                 if named and f"{MARK}={self.mark}".encode() in entries:
                     found.append(int(environ.parent.name))
         return found
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_port() -> int:

@@ -5,7 +5,6 @@ deepspeed --hostfile HOSTFILE launchers/train.py train CONFIG [key=value ...]
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import select
@@ -15,10 +14,11 @@ import sys
 import threading
 import time
 
+from parent_death import die_with_parent
+
 # DeepSpeed's agent, where it is told to end a job, leaves the ranks this long. A second signal in that time would
 # make a rank give up the checkpoint it is writing.
 AGENT_GRACE_SECONDS = 35.0
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def end_with_the_launcher() -> None:
 
     DeepSpeed itself does neither: the ranks of a launcher that was killed would train on, and hold the port.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    die_with_parent()
     threading.Thread(target=_end_without_launcher, daemon=True).start()
 
 

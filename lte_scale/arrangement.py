@@ -69,7 +69,7 @@ class Arrangement:
 
     @cached_property
     def cadence(self) -> Cadence:
-        return Cadence.of(self.config.merge)
+        return self.config.merge.cadence
 
     @property
     def local_every(self) -> int:
@@ -77,7 +77,7 @@ class Arrangement:
 
     @property
     def two_level(self) -> bool:
-        return self.local_every < self.cadence.every
+        return self.cadence.two_level
 
     @property
     def roaming(self) -> bool:
@@ -234,6 +234,11 @@ class Arrangement:
     def padded_parts(self, bucket: Bucket, rank: int) -> int:
         """Values of a row of what the peers reduce for one another."""
         return sum(max(map(length, self.exchanged(self.ownership(name, rank)))) for name in bucket.names)
+
+    @property
+    def replica_part(self) -> int:
+        """Replica values that one rank of a node takes further; the last one's are padded to as many."""
+        return -(-self.shapes.replica_values // self.topology.ranks_per_node)
 
     def units(self) -> dict[str, int]:
         """Values of each gathered unit, padding included; the empty name is what lies outside of the blocks."""

@@ -16,9 +16,11 @@ from lte_scale.collectives import Collectives
 from lte_scale.config.deepspeed import settings
 from lte_scale.config.schema import Config
 from lte_scale.cost import shapes_of, training_flops
+from lte_scale.data import TrainStream
 from lte_scale.engines.base import Engine, SingleEngine, fill_base, wrap_blocks
 from lte_scale.engines.deepspeed import DeepSpeedEngine
 from lte_scale.engines.fsdp import FSDPEngine
+from lte_scale.index import ShardIndex
 from lte_scale.merge import Merger
 from lte_scale.model import Heads, attach, build
 from lte_scale.optim import HeadOptimizer
@@ -82,6 +84,28 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
     fill_base(engine, heads, rank=collectives.topology.rank, seed=config.seed)
     merger = Merger(heads, engine, collectives, arrangement)
     return LTE(heads, engine, merger, HeadOptimizer(heads, config.optimizer, collectives), autocast)
+
+
+def train_stream(config: Config, index: ShardIndex, num_classes: int, topology: Topology) -> TrainStream:
+    """The training batches of a rank: of its heads, or its part of those of a head that it shares.
+
+    Raises:
+        ValueError: if the data cannot be divided so.
+    """
+    return TrainStream(
+        index,
+        heads=topology.my_heads,
+        total_heads=topology.heads,
+        member=topology.head_member,
+        members=topology.ranks_per_head,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        image_size=config.model.image_size,
+        channels=config.model.channels,
+        num_classes=num_classes,
+        augment=config.augment,
+        data=config.data,
+    )
 
 
 def flops_per_image(config: Config, num_classes: int, topology: Topology) -> int:

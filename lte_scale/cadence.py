@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lte_scale.config.schema import MergeConfig
-
 
 @dataclass(frozen=True, slots=True)
 class Cadence:
@@ -27,9 +25,15 @@ class Cadence:
     fragments: int = 1
     delay: int = 0
 
-    @classmethod
-    def of(cls, merge: MergeConfig) -> Cadence:
-        return cls(merge.every, merge.local_every or merge.every, merge.fragments, merge.delay)
+    @property
+    def two_level(self) -> bool:
+        """Whether heads are merged inside the nodes more often than between them."""
+        return self.local_every < self.every
+
+    @property
+    def longest_delay(self) -> int:
+        """The largest `delay` there is room for before heads are merged again."""
+        return min(self.local_every, self.apart) - 1
 
     @property
     def apart(self) -> int:
@@ -46,7 +50,7 @@ class Cadence:
 
     def is_local(self, step: int) -> bool:
         """Whether what does not depart after `step` is merged inside the nodes."""
-        return self.local_every < self.every and step % self.local_every == 0
+        return self.two_level and step % self.local_every == 0
 
     def due(self, step: int) -> bool:
         """Whether there is anything to merge after `step`."""

@@ -39,7 +39,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import time
 import warnings
@@ -74,77 +73,8 @@ from lte_scale.contents import (
     unsent_that_is_lost,
 )
 from lte_scale.log import log
+from lte_scale.run_dir import NAME, best_checkpoint, resolve, step_of, whole_checkpoints
 from lte_scale.storage import read_metadata, read_tensors, reason
-
-_NAME = re.compile(r"step_(\d{8,})")
-
-
-def check_writable(run_dir: Path) -> None:
-    """Create the run directory and prove that it can be written.
-
-    Raises:
-        ValueError: if it cannot.
-    """
-    try:
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        probe = run_dir / "checkpoints" / ".probe"
-        probe.write_text("written\n")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"run_dir: cannot write {run_dir} ({error.strerror}); choose a directory you may write"
-        ) from error
-
-
-def whole_checkpoints(run_dir: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    folder = run_dir / "checkpoints"
-    if not os.path.isdir(folder):  # pathlib's own would raise for a name too long
-        return []
-    return sorted((p for p in folder.glob("step_*") if _NAME.fullmatch(p.name) and _is_whole(p)), key=_step)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
-
-
-def _is_whole(path: Path) -> bool:
-    return all(os.path.isfile(path / name) for name in (".metadata", "train_state.json", checksums.LIST))
-
-
-def resolve(location: str) -> Path:
-    """The checkpoint that a path names: itself, or the newest of a run.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    path = Path(location)
-    if _is_whole(path):
-        return path
-    if found := whole_checkpoints(path):
-        return found[-1]
-    siblings = whole_checkpoints(path.parent.parent) or whole_checkpoints(path.parent)
-    hint = f"the newest of its run is {siblings[-1]}" if siblings else "name a run directory or one of its checkpoints"
-    raise ValueError(f"{location}: no checkpoint; {hint}")
-
-
-def best_checkpoint(run_dir: Path) -> Path:
-    """The run's checkpoint with the best eval_top1.
-
-    Raises:
-        ValueError: if none was evaluated.
-    """
-    scored = [(top1, path) for path in whole_checkpoints(run_dir) if (top1 := _top1(path)) is not None]
-    if not scored:
-        raise ValueError(f"{run_dir}: no checkpoint with an evaluation; leave out --best")
-    return max(scored)[1]
-
-
-def _top1(path: Path) -> float | None:
-    try:
-        return cast("float | None", read_state(path)["top1"])
-    except ValueError:  # one that is damaged does not hide the best of the others
-        return None
 
 
 class Checkpoints:
@@ -231,7 +161,7 @@ class Checkpoints:
     def _supersede(self, path: Path) -> None:
         """Put aside what an earlier course of the run has saved at this step and later ones."""
         for other in path.parent.glob("step_*"):
-            if _NAME.fullmatch(other.name) and _step(other) >= _step(path):
+            if NAME.fullmatch(other.name) and step_of(other) >= step_of(path):
                 aside = other.with_name(f"{other.name}.superseded")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(other, aside)

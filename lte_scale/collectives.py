@@ -124,13 +124,12 @@ class Collectives:
         self.entered: Counter[tuple[int, ...]] = Counter()
         self.last: Call | None = None
         self.inside = False
-        t, self.timeout = topology, timedelta(seconds=timeout_seconds)
-        timeout = self.timeout
-        self.world = self._group([list(range(t.world_size))], timeout, sharding=True)
-        self.node = self._group([t.node_ranks(node) for node in range(t.nodes)], timeout, sharding=True)
-        self.peers = self._group([t.peer_ranks(local) for local in range(t.ranks_per_node)], timeout)
+        t, self._timeout = topology, timedelta(seconds=timeout_seconds)
+        self.world = self._group([list(range(t.world_size))], sharding=True)
+        self.node = self._group([t.node_ranks(node) for node in range(t.nodes)], sharding=True)
+        self.peers = self._group_of_peers()
         groups = t.ranks_per_node // t.ranks_per_head
-        self.head = self._group([t.head_ranks(n, g) for n in range(t.nodes) for g in range(groups)], timeout)
+        self.head = self._group([t.head_ranks(n, g) for n in range(t.nodes) for g in range(groups)])
 
     def aside(self) -> Collectives:
         """The same ranks with a group of peers, counts and a clock of its own, for one thread beside this one.
@@ -139,8 +138,7 @@ class Collectives:
         """
         other = copy.copy(self)
         other.bytes_sent, other.entered, other.clock = Counter(), Counter(), Stopwatch(torch.device("cpu"))
-        t = self.topology
-        other.peers = self._group([t.peer_ranks(local) for local in range(t.ranks_per_node)], self.timeout)
+        other.peers = self._group_of_peers()
         return other
 
     def absorb(self, other: Collectives) -> None:
@@ -149,13 +147,16 @@ class Collectives:
             self.bytes_sent.update(other.bytes_sent)
             other.bytes_sent.clear()
 
-    def _group(self, partition: Sequence[Sequence[int]], timeout: timedelta, *, sharding: bool = False) -> Group:
+    def _group_of_peers(self) -> Group:
+        return self._group([self.topology.peer_ranks(local) for local in range(self.topology.ranks_per_node)])
+
+    def _group(self, partition: Sequence[Sequence[int]], *, sharding: bool = False) -> Group:
         topology = self.topology
         mine = next(tuple(ranks) for ranks in partition if topology.rank in ranks)
         process_group = None
         if dist.is_initialized() and len(mine) > (0 if sharding else 1):
             for ranks in partition:
-                created = cast("dist.ProcessGroup", dist.new_group(list(ranks), timeout=timeout))
+                created = cast("dist.ProcessGroup", dist.new_group(list(ranks), timeout=self._timeout))
                 if tuple(ranks) == mine:
                     process_group = created
         successor = mine[(mine.index(topology.rank) + 1) % len(mine)]

@@ -25,14 +25,13 @@ from lte_scale.model import Heads, attach, build
 from lte_scale.topology import Topology
 from lte_scale.traffic import (
     Traffic,
+    by_scope,
     gather_traffic,
     merge_traffic,
     of_node,
     run_traffic,
     step_traffic,
 )
-
-SCOPES: tuple[Scope, Scope] = ("inter_node", "intra_node")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,11 +179,6 @@ def _full_rank(
 
 def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def by_scope(traffic: Traffic) -> dict[Scope, int]:
-    """The sum over purposes."""
-    return {scope: sum(sent for (of, _), sent in traffic.items() if of == scope) for scope in SCOPES}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lte_scale import checksums
-from lte_scale.checkpoint import best_checkpoint, resolve
 from lte_scale.collectives import Collectives
 from lte_scale.config import Config, load_config
 from lte_scale.contents import read_state
 from lte_scale.evaluate import Evaluator
 from lte_scale.model import attach, build
 from lte_scale.precision import with_precision
+from lte_scale.run_dir import best_checkpoint, resolve
 from lte_scale.storage import read_metadata, read_tensors
 from lte_scale.topology import Topology
 

@@ -18,13 +18,13 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from lte_scale import log as logs
 from lte_scale.agreement import Disagreement
-from lte_scale.checkpoint import check_writable
 from lte_scale.collectives import Collectives
 from lte_scale.config import check_topology, check_training, dump, load_config
 from lte_scale.config.deepspeed import settings
 from lte_scale.config.schema import Config
 from lte_scale.engines.deepspeed import check_installed
 from lte_scale.metrics import writers
+from lte_scale.run_dir import check_writable
 from lte_scale.topology import Topology, from_environment
 from lte_scale.trainer import Trainer, TrainingError
 

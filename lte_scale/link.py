@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from lte_scale.arrangement import Arrangement
 from lte_scale.baselines import FullRank, baselines
 from lte_scale.cost import Layer
-from lte_scale.traffic import Traffic, merge_traffic, of_node, step_traffic
+from lte_scale.traffic import by_scope, merge_traffic, of_node, step_traffic
 
 PAYLOAD_SHARE = 0.95
 """Of what a link carries, the rest being headers: TCP over IPv4 in Ethernet frames of 1514 bytes has 1448 of data."""
@@ -60,8 +60,9 @@ class Demand:
 
 def lte_demand(a: Arrangement) -> Demand:
     """What LTE sends: its merges between nodes, and in every step what `base.scope: global` gathers from all nodes."""
-    exchange = of_node(a, lambda a, rank: merge_traffic(a, rank, everywhere=True))
-    return Demand("LTE", _leaving(of_node(a, step_traffic)), _leaving(exchange), a.config.merge.every)
+    of_merge = of_node(a, lambda a, rank: merge_traffic(a, rank, everywhere=True))
+    step, exchange = (by_scope(sent)["inter_node"] for sent in (of_node(a, step_traffic), of_merge))
+    return Demand("LTE", step, exchange, a.cadence.every)
 
 
 def full_rank_demands(model: FullRank, a: Arrangement) -> Iterator[Demand]:
@@ -70,10 +71,6 @@ def full_rank_demands(model: FullRank, a: Arrangement) -> Iterator[Demand]:
     for method in (ddp, fsdp):
         yield Demand(method.name, method.sent_per_step["inter_node"], 0.0, model.every)
     yield Demand(diloco.name, 0.0, diloco.sent_per_step["inter_node"] * model.every, model.every)
-
-
-def _leaving(traffic: Traffic) -> int:
-    return sum(sent for (scope, _), sent in traffic.items() if scope == "inter_node")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,11 +144,9 @@ def hiding_delay(demand: Demand, link: Link, *, step_seconds: float, fragments: 
     return math.ceil(round(steps, 9))  # a last bit must not make it a step more
 
 
-def longest_delay(a: Arrangement, *, fragments: int = 1) -> int:
+def longest_delay(a: Arrangement) -> int:
     """The largest delay that a configuration has room for: heads are not merged while an exchange is under way."""
-    if a.spread:  # a node has no weights of its own to go on from
-        return 0
-    return min(a.local_every, a.config.merge.every // fragments) - 1
+    return 0 if a.spread else a.cadence.longest_delay  # spread, a node has no weights of its own to go on from
 
 
 def dense_from(a: Arrangement, layer: Layer) -> int:
@@ -194,11 +189,9 @@ def forecast(
     *,
     gbit: float,
     step_seconds: float | None = None,
-    delay: int = 0,
-    fragments: int = 1,
 ) -> Forecast:
     """Predict LTE and full-rank training on links of `gbit` Gbit/s, DiLoCo with the same delay and fragments."""
-    link, lte = Link(gbit), lte_demand(a)
+    link, lte, delay, fragments = Link(gbit), lte_demand(a), a.cadence.delay, a.cadence.fragments
     return Forecast(
         link_gbit=gbit,
         payload_share=PAYLOAD_SHARE,
@@ -206,7 +199,7 @@ def forecast(
         delay=delay,
         fragments=fragments,
         hiding_delay=hiding_delay(lte, link, step_seconds=step_seconds, fragments=fragments) if step_seconds else None,
-        longest_delay=longest_delay(a, fragments=fragments),
+        longest_delay=longest_delay(a),
         methods=[
             predict(demand, link, step_seconds=step_seconds, delay=delay, fragments=fragments)
             for demand in (lte, *full_rank_demands(full_rank, a))

@@ -111,24 +111,20 @@ def _history_values(a: Arrangement) -> int:
     return sum(kept * sum(a.head_parts(bucket)) for bucket in a.buckets if bucket.path == "factor")
 
 
-def _replica_part(a: Arrangement) -> int:
-    return -(-a.shapes.replica_values // a.topology.ranks_per_node)
-
-
 def unsent_values(a: Arrangement, rank: int) -> int:
     """What messages in less than fp32 have missed: a row for each peer, and the mean of the own part."""
     if a.codec.exact:
         return 0
     nodes = a.topology.nodes
     dense = sum(a.padded_parts(bucket, rank) for bucket in a.buckets if bucket.path == "dense")
-    return dense * (nodes + (not a.spread)) + -(-_replica_part(a) // nodes) * (nodes + 1)
+    return dense * (nodes + (not a.spread)) + -(-a.replica_part // nodes) * (nodes + 1)
 
 
 def _values_under_way(a: Arrangement) -> int:
     """What an exchange beside the training holds: what is sent and what has arrived, of the largest fragment."""
     if not a.cadence.delay:
         return 0
-    held: Counter[int] = Counter({0: 3 * _replica_part(a)})
+    held: Counter[int] = Counter({0: 3 * a.replica_part})
     for bucket in a.buckets:
         part = a.merges_sent * a.topology.heads_per_rank * sum(a.head_parts(bucket))
         held[bucket.fragment] += 2 * a.formed(bucket, 0) if bucket.path == "dense" else (1 + a.topology.nodes) * part

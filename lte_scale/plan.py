@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import Any
 
+from lte_scale.collectives import SCOPES
 from lte_scale.config import check_topology, load_config
-from lte_scale.estimate import SCOPES, Plan, by_scope, make_plan, path_rows
+from lte_scale.estimate import Plan, make_plan, path_rows
 from lte_scale.link import Forecast, forecast
 from lte_scale.quantities import rate, seconds, share, size
-from lte_scale.traffic import Traffic
+from lte_scale.traffic import Traffic, by_scope
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
     _check_link(args.link_gbit, args.step_seconds)
     check_topology(config, args.nodes, args.ranks_per_node)
     plan = make_plan(config, nodes=args.nodes, ranks_per_node=args.ranks_per_node)
-    found = _forecast(plan, args.link_gbit, args.step_seconds) if args.link_gbit is not None else None
+    found = None
+    if args.link_gbit is not None:
+        found = forecast(plan.arrangement, plan.full_rank, gbit=args.link_gbit, step_seconds=args.step_seconds)
     print(json.dumps(as_object(plan, found), indent=2) if args.json else "\n".join(lines(plan, found)))
     return 0
 
@@ -56,18 +59,6 @@ def _check_link(gbit: float | None, step_seconds: float | None) -> None:
             raise ValueError(f"{option}: {value:g} is no such number; give one above 0")
     if step_seconds is not None and gbit is None:
         raise ValueError(f"--step-seconds: {step_seconds:g} without --link-gbit; give the bandwidth of a node's link")
-
-
-def _forecast(plan: Plan, gbit: float, step_seconds: float | None) -> Forecast:
-    cadence = plan.arrangement.cadence
-    return forecast(
-        plan.arrangement,
-        plan.full_rank,
-        gbit=gbit,
-        step_seconds=step_seconds,
-        delay=cadence.delay,
-        fragments=cadence.fragments,
-    )
 
 
 def as_object(plan: Plan, found: Forecast | None = None) -> dict[str, Any]:

@@ -10,7 +10,14 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 
 from lte_scale.arrangement import FP32, Arrangement, Bucket
-from lte_scale.collectives import Scope, all_gather_bytes, all_reduce_bytes, all_to_all_bytes, reduce_scatter_bytes
+from lte_scale.collectives import (
+    SCOPES,
+    Scope,
+    all_gather_bytes,
+    all_reduce_bytes,
+    all_to_all_bytes,
+    reduce_scatter_bytes,
+)
 from lte_scale.topology import Topology
 
 FINGERPRINT = 8
@@ -126,7 +133,7 @@ def _landing(a: Arrangement, rank: int, sets: Mapping[int, int]) -> Traffic:
         if a.refined:
             links.all_gather(links.peers, "merge_refresh", a.codec.size(a.padded_parts(bucket, rank)))
     if 0 in sets:
-        values = _replica_part(a)
+        values = a.replica_part
         if a.codec.exact:
             links.all_reduce(links.peers, "merge_replica", FP32 * values)
         else:
@@ -141,16 +148,12 @@ def _gather_factors(a: Arrangement, links: Links, bucket: Bucket) -> None:
     links.all_gather(links.node, "merge_factor", FP32 * a.topology.heads_per_rank * sum(a.head_parts(bucket)))
 
 
-def _replica_part(a: Arrangement) -> int:
-    return -(-a.shapes.replica_values // a.topology.ranks_per_node)
-
-
 def _scatter_replicas(a: Arrangement, links: Links) -> None:
-    links.reduce_scatter(links.node, "merge_replica", FP32 * _replica_part(a) * a.topology.ranks_per_node)
+    links.reduce_scatter(links.node, "merge_replica", FP32 * a.replica_part * a.topology.ranks_per_node)
 
 
 def _gather_replicas(a: Arrangement, links: Links) -> None:
-    links.all_gather(links.node, "merge_replica", FP32 * _replica_part(a))
+    links.all_gather(links.node, "merge_replica", FP32 * a.replica_part)
 
 
 def _dense_traffic(a: Arrangement, links: Links, bucket: Bucket) -> None:
@@ -200,6 +203,11 @@ def _traffic_after(a: Arrangement, rank: int, step: int, *, last: bool) -> Traff
 
 def times(traffic: Traffic, count: int) -> Traffic:
     return Traffic({key: sent * count for key, sent in traffic.items()})
+
+
+def by_scope(traffic: Traffic) -> dict[Scope, int]:
+    """The sum over purposes."""
+    return {scope: sum(sent for (of, _), sent in traffic.items() if of == scope) for scope in SCOPES}
 
 
 def of_node(a: Arrangement, per_rank: Callable[[Arrangement, int], Traffic]) -> Traffic:

@@ -14,13 +14,13 @@ from types import TracebackType
 import torch
 import torch.nn.functional as F
 
-from lte_scale.assemble import assemble, flops_per_image
+from lte_scale.assemble import assemble, flops_per_image, train_stream
 from lte_scale.checkpoint import Checkpoints
 from lte_scale.collectives import Collectives
 from lte_scale.config import differences, dump, load_config
 from lte_scale.config.schema import Config
 from lte_scale.contents import Pieces
-from lte_scale.data import Batch, TrainStream, open_index
+from lte_scale.data import Batch, open_index
 from lte_scale.evaluate import Evaluator
 from lte_scale.initial import seed_of
 from lte_scale.log import log
@@ -46,20 +46,7 @@ class Trainer:
         index = open_index(config.data.train, allow_pipe=config.data.allow_pipe)
         classes = config.model.num_classes or index.num_classes
         self.schedule = Schedule.of(config, index.samples, topology.heads)
-        self.stream = TrainStream(
-            index,
-            heads=topology.my_heads,
-            total_heads=topology.heads,
-            member=topology.head_member,
-            members=topology.ranks_per_head,
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-            image_size=config.model.image_size,
-            channels=config.model.channels,
-            num_classes=classes,
-            augment=config.augment,
-            data=config.data,
-        )
+        self.stream = train_stream(config, index, classes, topology)
         lte = assemble(config, classes, collectives, device)
         self.engine, self.heads, self.merger, self.optimizer = lte.engine, lte.heads, lte.merger, lte.optimizer
         self.autocast = lte.autocast

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -16,8 +15,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "launchers"))
 
 from emulate import Network  # noqa: E402
-
-_PR_SET_PDEATHSIG = 1
+from parent_death import die_with_parent  # noqa: E402
 
 
 def lacking(tools: Sequence[str]) -> str:
@@ -29,7 +27,7 @@ def lacking(tools: Sequence[str]) -> str:
 
 def die_with_us() -> None:
     """For `preexec_fn`: the child is killed when this process ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent(signal.SIGKILL)
 
 
 class Nodes:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lte_scale import checksums
 from lte_scale.assemble import LTE, assemble
-from lte_scale.checkpoint import Checkpoints, whole_checkpoints
+from lte_scale.checkpoint import Checkpoints
 from lte_scale.collectives import Collectives
 from lte_scale.config.schema import (
     AdaptersConfig,
@@ -26,6 +26,7 @@ from lte_scale.config.schema import (
     TrainConfig,
 )
 from lte_scale.contents import Pieces
+from lte_scale.run_dir import whole_checkpoints
 from lte_scale.topology import Topology
 from tests.reference import CLASSES, TINY
 

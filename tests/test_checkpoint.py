@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from lte_scale.assemble import assemble
-from lte_scale.checkpoint import Checkpoints, resolve, whole_checkpoints
+from lte_scale.checkpoint import Checkpoints
 from lte_scale.cli import main
 from lte_scale.collectives import Collectives
 from lte_scale.config.schema import (
@@ -29,6 +29,7 @@ from lte_scale.config.schema import (
     TopologyConfig,
 )
 from lte_scale.contents import Pieces
+from lte_scale.run_dir import resolve, whole_checkpoints
 from lte_scale.storage import read_metadata
 from lte_scale.topology import from_environment
 from tests.harness import DistributedPool

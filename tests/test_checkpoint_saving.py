@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lte_scale.checkpoint import check_writable, resolve, whole_checkpoints
+from lte_scale.run_dir import check_writable, resolve, whole_checkpoints
 from tests.saver import Run, equal, file_size_limit, files, names
 
 

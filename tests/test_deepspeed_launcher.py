@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from lte_scale.checkpoint import whole_checkpoints
+from lte_scale.run_dir import whole_checkpoints
 from tests.ssh_cluster import ROOT, Cluster, missing
 from tests.test_train import EMULATE, SMALL, command, finish, records, tensors, wait_for_step
 

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lte_scale"
 
 LAYERS: dict[int, set[str]] = {
-    0: {"config", "schedules", "log", "quantities"},
+    0: {"cadence", "config", "schedules", "log", "quantities"},
     1: {"topology", "timing", "precision", "collectives", "apex"},
     2: {"adapters", "initial", "model", "cost"},
     3: {"archive", "augment", "damage", "data", "index", "loader", "order", "reading", "shards", "sources"},
@@ -38,10 +38,9 @@ LAYERS: dict[int, set[str]] = {
 # Parts of a module of the fifth layer, which it alone and later layers may import.
 PARTS = {
     "merge": {"contents"},  # of a checkpoint: the masters
-    "contents": {"checkpoint"},
+    "contents": {"checkpoint", "run_dir"},
     "agreement": {"merge", "launch"},
     "arrangement": {"merge", "copies", "products", "dense", "traffic", "memory", "baselines"},
-    "cadence": {"arrangement", "merge"},
     "codec": {"arrangement", "exchange", "feedback", "replicas", "copies"},
     "copies": {"merge"},
     "dense": {"merge", "products"},
@@ -50,6 +49,7 @@ PARTS = {
     "flight": {"merge"},
     "outer": {"merge", "replicas"},
     "products": {"merge"},
+    "run_dir": {"checkpoint"},
     "replicas": {"merge"},
     "traffic": {"memory", "baselines"},
     "memory": {"baselines"},

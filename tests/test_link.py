@@ -120,7 +120,7 @@ def test_what_full_rank_training_sends() -> None:
 
 def test_room_for_a_delay() -> None:
     assert longest_delay(arrangement()) == 9
-    assert longest_delay(arrangement(), fragments=2) == 4
+    assert longest_delay(arrangement(fragments=2)) == 4
     assert longest_delay(arrangement(local_every=2)) == 1
 
 
@@ -164,7 +164,7 @@ def test_a_forecast_holds_lte_against_the_others() -> None:
     assert found.hiding_delay == 4  # (4608 + 60) bytes are 3.93 s
     assert found.longest_delay == 9
     assert forecast(arrangement(), MODEL, gbit=1).hiding_delay is None
-    late = forecast(arrangement(), replace(MODEL, every=10), gbit=1e-5, step_seconds=1.0, delay=4)
+    late = forecast(arrangement(delay=4), replace(MODEL, every=10), gbit=1e-5, step_seconds=1.0)
     assert late.methods[0].stall_seconds == 0
     assert late.methods[3].stall_seconds == pytest.approx(6000 * 8 / 0.95 / 1e4 - 4)
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from lte_scale.checkpoint import whole_checkpoints
 from lte_scale.cli import main
 from lte_scale.config import load_config
 from lte_scale.preflight import local
 from lte_scale.preflight.compare import Answer, Failure, cause, clock_offset, differences, failure_lines
 from lte_scale.preflight.local import NodeCheck, Report, checkpoint_bytes
 from lte_scale.preflight.place import Place, from_environment
+from lte_scale.run_dir import whole_checkpoints
 from lte_scale.topology import Topology
 from tests.harness import free_port
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lte_scale.checkpoint import whole_checkpoints
 from lte_scale.cli import main
+from lte_scale.run_dir import whole_checkpoints
 from tests.nodes import ROOT
 from tests.slurm_cluster import ENDED, SlurmCluster, missing
 from tests.test_train import EMULATE, SMALL, assert_same_end, command, finish, records, tensors

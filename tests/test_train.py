@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from lte_scale.checkpoint import whole_checkpoints
 from lte_scale.cli import main
+from lte_scale.run_dir import whole_checkpoints
 
 ROOT = Path(__file__).parent.parent
 EMULATE = [sys.executable, str(ROOT / "launchers" / "emulate.py"), "--nodes", "2", "--ranks-per-node", "2", "--"]

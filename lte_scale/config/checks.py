@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from lte_scale.config.deepspeed import settings
-from lte_scale.config.schema import Config, ConfigError
+from lte_scale.config.schema import Config, ConfigError, MergeConfig
 from lte_scale.schedules import parse_duration, parse_range
 from lte_scale.topology import Topology
 
@@ -60,10 +60,8 @@ def _durations(config: Config) -> None:
 
 def _merge_and_base(config: Config) -> None:
     merge, base = config.merge, config.base
-    local = merge.local_every or merge.every
-    if merge.every % local:
-        near = max(n for n in range(1, min(local, merge.every) + 1) if merge.every % n == 0)
-        raise ConfigError(f"merge.local_every: {local} does not divide merge.every {merge.every}; nearest: {near}")
+    local = merge.cadence.local_every
+    _divides_every(merge, "local_every", local)
     if base.scope == "global" and local != merge.every:
         raise ConfigError(
             f"merge.local_every: {local} with base.scope 'global': one base over all nodes cannot differ between "
@@ -92,23 +90,18 @@ def _merge_and_base(config: Config) -> None:
 
 
 def _delay_and_fragments(config: Config) -> None:
-    merge = config.merge
-    local = merge.local_every or merge.every
-    if merge.every % merge.fragments:
-        near = max(n for n in range(1, min(merge.fragments, merge.every) + 1) if merge.every % n == 0)
-        raise ConfigError(
-            f"merge.fragments: {merge.fragments} does not divide merge.every {merge.every}; nearest: {near}"
-        )
-    apart = merge.every // merge.fragments
-    if local < merge.every and apart % local:
+    merge, cadence = config.merge, config.merge.cadence
+    _divides_every(merge, "fragments", merge.fragments)
+    apart, local = cadence.apart, cadence.local_every
+    if cadence.two_level and apart % local:
         raise ConfigError(
             f"merge.fragments: {merge.fragments} merge {apart} steps apart, which merge.local_every {local} does not "
             f"divide; use merge.fragments={merge.every // local} or fewer, or merge.local_every={merge.every}"
         )
-    if merge.delay >= min(local, apart):
+    if merge.delay > cadence.longest_delay:
         raise ConfigError(
-            f"merge.delay: {merge.delay} steps, but the next merge begins after {min(local, apart)}; use "
-            f"merge.delay={min(local, apart) - 1} or less"
+            f"merge.delay: {merge.delay} steps, but the next merge begins after {cadence.longest_delay + 1}; use "
+            f"merge.delay={cadence.longest_delay} or less"
         )
     if merge.delay and config.base.scope == "global":
         raise ConfigError(
@@ -121,6 +114,12 @@ def _delay_and_fragments(config: Config) -> None:
             f"{merge.delay} and merge.fragments {merge.fragments} they do not merge at once; use "
             "merge.optimizer_state=keep"
         )
+
+
+def _divides_every(merge: MergeConfig, key: str, value: int) -> None:
+    if merge.every % value:
+        near = max(n for n in range(1, min(value, merge.every) + 1) if merge.every % n == 0)
+        raise ConfigError(f"merge.{key}: {value} does not divide merge.every {merge.every}; nearest: {near}")
 
 
 def _model_and_data(config: Config) -> None:

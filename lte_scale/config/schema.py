@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lte_scale.cadence import Cadence
+
 
 class ConfigError(ValueError):
     """One line that names the key, its value, what is allowed and what to do."""
@@ -156,6 +158,10 @@ class MergeConfig:
         one_of=("keep", "reset", "reset_b"),
     )
     bucket_mb: float = option(64.0, "Upper size of one exchanged message, in MB, unless one layer is larger.", above=0)
+
+    @property
+    def cadence(self) -> Cadence:
+        return Cadence(self.every, self.local_every or self.every, self.fragments, self.delay)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

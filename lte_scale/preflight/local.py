@@ -19,7 +19,6 @@ import torch
 
 from lte_scale import __version__
 from lte_scale.arrangement import FP32, Arrangement
-from lte_scale.checkpoint import check_writable
 from lte_scale.config.schema import Config
 from lte_scale.cost import shapes_of
 from lte_scale.index import ShardIndex, open_index
@@ -27,6 +26,7 @@ from lte_scale.memory import unsent_values
 from lte_scale.model import attach, build
 from lte_scale.preflight.place import Place, first_line
 from lte_scale.reading import shard_samples
+from lte_scale.run_dir import check_writable
 from lte_scale.topology import Topology
 
 _CLASSES = 1000

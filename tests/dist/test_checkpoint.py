@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lte_scale.checkpoint import Checkpoints, whole_checkpoints
+from lte_scale.checkpoint import Checkpoints
 from lte_scale.config.schema import CheckpointConfig, Config
 from lte_scale.contents import Pieces
+from lte_scale.run_dir import whole_checkpoints
 from tests.dist.equality import Run
 from tests.dist.test_equality import PLACES, configuration
 from tests.harness import DistributedPool

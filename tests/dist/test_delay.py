@@ -10,18 +10,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from lte_scale.arrangement import Arrangement
 from lte_scale.config.schema import Config
-from lte_scale.cost import shapes_of
 from lte_scale.flight import Flight
-from lte_scale.model import attach, build
-from lte_scale.topology import Topology
 from lte_scale.traffic import run_traffic
 from tests.dist.equality import BATCH, Run, train
+from tests.dist.test_bytes import arrangement
 from tests.dist.test_equality import assert_equal, configuration
 from tests.dist.test_precision import in_precision
 from tests.harness import DistributedPool
-from tests.reference import CLASSES, TINY, Reference, head_batch
+from tests.reference import Reference, head_batch
 
 EVERY, STEPS = 6, 18
 
@@ -92,12 +89,6 @@ def test_two_nodes_of_two_ranks(pool4: DistributedPool, case: tuple[str, int, st
     for rank, outcome in enumerate(outcomes):
         planned = run_traffic(arrangement(config), rank, timing.steps, last=timing.whole)
         assert dict(outcome.bytes_sent) == dict(planned), f"rank {rank}"
-
-
-def arrangement(config: Config) -> Arrangement:
-    topology = Topology(nodes=2, ranks_per_node=2, heads_per_node=config.topology.heads_per_node)
-    heads = attach(build(TINY, CLASSES, seed=0), config.adapters, topology.my_heads, seed=0)
-    return Arrangement(shapes_of(heads, ("blocks.0", "blocks.1")), topology, config)
 
 
 def test_one_process_and_four_nodes(pool4: DistributedPool) -> None:
