@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte_scale.apex import LayerNorm
+from lte_scale.low_rank import LowRankLinear, compute_dtype
 
 
 @dataclass(slots=True)
@@ -65,8 +66,13 @@ class BaseWeight(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, self.weight, bias)
+    def forward(self, x: Tensor, bias: Tensor | None = None, *factors: Tensor | None) -> Tensor:
+        """`W x + b`; or with `factors` (A, B, A', B') what `LowRankLinear` adds to it, b [H, O]."""
+        if not factors:
+            return F.linear(x, self.weight, bias)
+        A, B, A_prev, B_prev = factors
+        weight = self.weight.to(x.dtype)
+        return cast(Tensor, LowRankLinear.apply(x, weight, A, B, bias, A_prev, B_prev))
 
 
 class LTELinear(nn.Module):
@@ -104,26 +110,15 @@ class LTELinear(nn.Module):
         self.register_buffer("A_prev", torch.full_like(self.A.data, math.nan) if resetless else None)
         self.register_buffer("B_prev", torch.full_like(self.B.data, math.nan) if resetless else None)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A [H, R', I] and B [H, O, R'] of the low-rank product this layer adds to its base."""
-        if self.A_prev is None or self.B_prev is None or self.folded:
-            return self.A, self.B
-        return torch.cat((self.A, self.A_prev), 1), torch.cat((self.B, -self.B_prev), 2)
-
     def forward(self, x: Tensor) -> Tensor:
-        layout = self.layout
+        layout, bias = self.layout, self.bias
         if not layout.active:
-            return cast(Tensor, self.base(x, None if self.bias is None else self.bias[0]))
-        A_HRI, B_HOR = self.factors()
-        if layout.heads == 1:
-            y: Tensor = self.base(x, None if self.bias is None else self.bias[0])
-            return y + F.linear(F.linear(x, A_HRI[0]), B_HOR[0] * self.scale)
-        y = self.base(x)
-        x_HMI = x.reshape(layout.heads, -1, x.shape[-1])
-        delta_HMO = torch.bmm(torch.bmm(x_HMI, A_HRI.mT), (B_HOR * self.scale).mT)
-        if self.bias is not None:
-            delta_HMO = delta_HMO + self.bias.unsqueeze(1)
-        return y + delta_HMO.view(y.shape)
+            return cast(Tensor, self.base(x, None if bias is None else bias[0]))
+        dtype = compute_dtype(x)
+        factors = [(self.A * self.scale).to(dtype), self.B.to(dtype), None, None]
+        if self.A_prev is not None and self.B_prev is not None and not self.folded:
+            factors[2:] = [(self.A_prev * self.scale).to(dtype), self.B_prev.to(dtype)]
+        return cast(Tensor, self.base(x.to(dtype), None if bias is None else bias.to(dtype), *factors))
 
     def extra_repr(self) -> str:
         return f"out={self.B.shape[1]}, in={self.A.shape[2]}, heads={self.A.shape[0]}, rank={self.A.shape[1]}"
