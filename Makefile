@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv demo test test-slow test-deepspeed test-slurm test-docker test-observability bench-engines bench-metrics bench-merge lint format docs dashboards clean
+.PHONY: help venv demo test test-slow test-deepspeed test-slurm test-docker test-observability bench-engines bench-metrics bench-merge bench-speed lint format docs dashboards clean
 
 help:
 	@echo "make demo       train LTE on real images on this machine, to a picture"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-docker  docker/Dockerfile.cpu followed in a clean Debian, and a training in it (root, no engine)"
 	@echo "make test-observability  a real Prometheus on an emulated run, the report in a browser (root, apt)"
 	@echo "make bench-merge     LTE against DDP, FSDP and DiLoCo on emulated nodes with slow links (root; hours)"
+	@echo "make bench-speed     a step of LTE against one of full-rank training on this CPU (on a GPU: benchmarks/step.py)"
 	@echo "make bench-metrics   what metrics cost a step"
 	@echo "make bench-engines   step time, memory and merge time of the engines, side by side"
 	@echo "make lint       ruff, mypy, shellcheck"
@@ -67,6 +68,9 @@ bench-engines: venv
 
 bench-metrics: venv
 	$(BIN)/python benchmarks/metrics.py
+
+bench-speed: venv
+	$(BIN)/python benchmarks/step.py
 
 bench-merge: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'

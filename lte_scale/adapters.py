@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte_scale.apex import LayerNorm
-from lte_scale.low_rank import LowRankLinear, compute_dtype
+from lte_scale.low_rank import compute_dtype, low_rank_linear
 
 
 @dataclass(slots=True)
@@ -67,12 +67,11 @@ class BaseWeight(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
 
     def forward(self, x: Tensor, bias: Tensor | None = None, *factors: Tensor | None) -> Tensor:
-        """`W x + b`; or with `factors` (A, B, A', B') what `LowRankLinear` adds to it, b [H, O]."""
+        """`W x + b`; or with `factors` (A, B, A', B') `low_rank_linear`, b [H, O]."""
         if not factors:
             return F.linear(x, self.weight, bias)
-        A, B, A_prev, B_prev = factors
-        weight = self.weight.to(x.dtype)
-        return cast(Tensor, LowRankLinear.apply(x, weight, A, B, bias, A_prev, B_prev))
+        A, B, *previous = factors
+        return low_rank_linear(x, self.weight.to(x.dtype), cast(Tensor, A), cast(Tensor, B), bias, *previous)
 
 
 class LTELinear(nn.Module):
@@ -174,9 +173,8 @@ class ReplicaNorm(nn.Module):
         if self.layout.split == 1:
             return self._normalise(x, self.weight[0], None if self.bias is None else self.bias[0])
         x_HMD = self._normalise(x, None, None).reshape(self.layout.heads, -1, x.shape[-1])
-        y_HMD = x_HMD * self.weight.unsqueeze(1)
-        if self.bias is not None:
-            y_HMD = y_HMD + self.bias.unsqueeze(1)
+        weight = self.weight.unsqueeze(1)
+        y_HMD = x_HMD * weight if self.bias is None else torch.addcmul(self.bias.unsqueeze(1), x_HMD, weight)
         return y_HMD.view(x.shape)
 
 

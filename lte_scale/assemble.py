@@ -80,7 +80,7 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
         json = settings(config, collectives.topology)
         engine = DeepSpeedEngine(model, heads, collectives, config.base, json, device=device, compute_dtype=dtype)
     else:
-        engine = SingleEngine(model, heads, device)
+        engine = SingleEngine(model, heads, device, dtype)
     fill_base(engine, heads, rank=collectives.topology.rank, seed=config.seed)
     merger = Merger(heads, engine, collectives, arrangement)
     return LTE(heads, engine, merger, HeadOptimizer(heads, config.optimizer, collectives), autocast)

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lte_scale.adapters import LTEPatchConv
+from lte_scale.low_rank import as_written
 from lte_scale.model import Heads
 
 
@@ -101,7 +102,12 @@ def training_flops(model: nn.Module, heads: Heads, image_size: int) -> int:
 def step_flops(model: nn.Module, *, batch: int, image_size: int) -> int:
     """FLOPs of forward and backward of `batch` images through any model, by what of it requires gradients."""
     # The plain kernel computes its scores once; the fused ones count those that their backward pass computes again.
-    with _fake(model) as tensors, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with (
+        _fake(model) as tensors,
+        sdpa_kernel(SDPBackend.MATH),
+        as_written(),
+        FlopCounterMode(display=False) as counter,
+    ):
         _forward(model, tensors, batch, image_size).sum().backward()
     return int(counter.get_total_flops())
 

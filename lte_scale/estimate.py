@@ -141,7 +141,7 @@ def _activations(
         batch=_images_per_rank(config, topology),
         image_size=config.model.image_size,
         bf16=config.train.bf16,
-        gathered=_weights(heads) if config.engine.name != "none" else (),
+        gathered=_weights(heads),
     )
     return {"kept": saved.total(checkpointed=False), "checkpointed": saved.total(checkpointed=True)}
 

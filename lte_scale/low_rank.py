@@ -1,88 +1,115 @@
-"""The arithmetic of an adapted layer, forward and backward, without a dense gradient, a delta or a copy of the weight.
+"""The arithmetic of an adapted layer, forward and backward, without a dense gradient or an activation summed twice.
 
-Of the three products of a trained dense layer two are left, `x W^T` and `g W`. The low-rank part meets them
-inside the products' own accumulation, so no sum of two activations is formed; and what the backward pass needs of it
-is `x`, which the dense part needs as well, and `h = x A^T` [H, M, R].
+Of the three products of a trained dense layer two are left, `x W^T` and `g W`. The low-rank part joins them in one of
+two ways, whichever touches less memory: with many rows `W + B A` is formed for the moment of a product, and again for
+that of the backward pass (nobody keeps it); with few rows `B (A x)` is added to what the product has written.
 
-Shapes as in `adapters`: H heads, M rows per head, R rank, I in, O out.
+In bf16 a formed weight is rounded as the weight of any mixed-precision training is.
+
+Shapes as in `adapters`: H heads, M rows per head, R rank, I in, O out; without H for one head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+_may_form: ContextVar[bool] = ContextVar("may_form", default=True)
 
-class LowRankLinear(torch.autograd.Function):
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """The products of the equation, `W x` and `B (A x)`, whatever the number of rows: what FLOPs are counted of."""
+    token = _may_form.set(False)
+    try:
+        yield
+    finally:
+        _may_form.reset(token)
+
+
+def low_rank_linear(
+    x: Tensor,
+    weight_OI: Tensor,
+    A_HRI: Tensor,
+    B_HOR: Tensor,
+    bias_HO: Tensor | None = None,
+    A_prev_HRI: Tensor | None = None,
+    B_prev_HOR: Tensor | None = None,
+) -> Tensor:
     """`y_n = W x_n + B_n A_n x_n + b_n - B'_n A'_n x_n`, all in one dtype; W, A' and B' are constants.
 
-    Args: x [*, I] (head-major, * = H M), W [O, I], A [H, R, I], B [H, O, R], b [H, O] or None, A' and B' as A and B or
-    None. Returns y [*, O]. The scale is the caller's: a factor of A and of A'.
-    """
+    Args:
+        x: [*, I], head-major.
 
+    Returns:
+        y [*, O].
+    """
+    heads, into = len(A_HRI), x.shape[-1]
+    rows = x.numel() // into // heads
+    formed = _may_form.get() and rows * sum(weight_OI.shape) > 2 * weight_OI.numel()
+    factors = [A_HRI, B_HOR, bias_HO, A_prev_HRI, B_prev_HOR]
+    if heads == 1:
+        factors = [None if factor is None else factor[0] for factor in factors]
+    x_HMI = x.reshape(-1, into) if heads == 1 else x.reshape(heads, -1, into)
+    y_HMO: Tensor = _LowRankLinear.apply(x_HMI, weight_OI, *factors, formed)
+    return y_HMO.view(*x.shape[:-1], -1)
+
+
+class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         weight_OI: Tensor,
-        A_HRI: Tensor,
-        B_HOR: Tensor,
-        bias_HO: Tensor | None,
-        A_prev_HRI: Tensor | None,
-        B_prev_HOR: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        A_prev: Tensor | None,
+        B_prev: Tensor | None,
+        formed: bool,
     ) -> Tensor:
-        ctx.rank = A_HRI.shape[1]
-        if A_prev_HRI is not None and B_prev_HOR is not None:
-            A_HRI, B_HOR = torch.cat((A_HRI, A_prev_HRI), 1), torch.cat((B_HOR, -B_prev_HOR), 2)
-        x_HMI = x.reshape(len(A_HRI), -1, x.shape[-1])
-        h_HMR = _product(x_HMI, A_HRI.mT)
-        y = x.new_empty(*x.shape[:-1], len(weight_OI))
-        y_HMO = y.view(*h_HMR.shape[:2], -1)
-        if len(A_HRI) == 1:
-            _product(x_HMI, weight_OI.mT, out=y_HMO, plus=bias_HO)
-            _product(h_HMR, B_HOR.mT, out=y_HMO, plus=y_HMO)
-        else:  # the small products take a bias per head with them, and the large one, of all heads, adds to it
-            _product(h_HMR, B_HOR.mT, out=y_HMO, plus=bias_HO)
-            _product(x_HMI, weight_OI.mT, out=y_HMO, plus=y_HMO)
-        ctx.save_for_backward(x_HMI, weight_OI, A_HRI, B_HOR, h_HMR)
+        ctx.rank, ctx.formed = A.shape[-2], formed
+        if A_prev is not None and B_prev is not None:
+            A, B = torch.cat((A, A_prev), -2), torch.cat((B, -B_prev), -1)
+        h = None if formed else x @ A.mT
+        y = _linear(x, _plus(weight_OI, B, A) if formed else weight_OI, bias)
+        if h is not None:
+            y = _plus(y, h, B.mT)
+        ctx.save_for_backward(x, A, B, h)
+        # Not saved: an engine may take the weight away in between, and checkpointing compares what is saved.
+        ctx.weight_OI = weight_OI
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x_HMI, weight_OI, A_HRI, B_HOR, h_HMR = ctx.saved_tensors
-        (gradient,), rank = gradients, ctx.rank
-        g_HMO = gradient.reshape(*x_HMI.shape[:2], -1)
-        gh_HMR = _product(g_HMO, B_HOR)
+        x, A, B, h = ctx.saved_tensors
+        (g,), rank = gradients, ctx.rank
+        gh = g @ (B[..., :rank] if ctx.formed else B)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = g_HMO.new_empty(*gradient.shape[:-1], x_HMI.shape[-1])
-            gx_HMI = grad_x.view(x_HMI.shape)
-            _product(g_HMO, weight_OI, out=gx_HMI)
-            _product(gh_HMR, A_HRI, out=gx_HMI, plus=gx_HMI)
-        grad_A_HRI = _product(gh_HMR[..., :rank].mT, x_HMI)
-        grad_B_HOR = _product(g_HMO.mT, h_HMR[..., :rank])
-        return grad_x, None, grad_A_HRI, grad_B_HOR, g_HMO.sum(1) if ctx.needs_input_grad[4] else None, None, None
+            grad_x = g @ (_plus(ctx.weight_OI, B, A) if ctx.formed else ctx.weight_OI)
+            grad_x = grad_x if ctx.formed else _plus(grad_x, gh, A)
+        h = x @ A[..., :rank, :].mT if h is None else h[..., :rank]
+        grad_bias = g.sum(-2) if ctx.needs_input_grad[4] else None
+        return grad_x, None, gh[..., :rank].mT @ x, g.mT @ h, grad_bias, None, None, None
 
 
-def _product(left: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """`left @ right + plus` of [H, ., .] each; `right` may be one matrix for all, `plus` [H, columns] one row per head.
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dim() == 2:
+        return F.linear(x, weight, bias)
+    y = x @ weight.mT
+    return y if bias is None else y.add_(bias.unsqueeze(1))
 
-    One matrix product, or a batched one: of a batch of one the plain kernels are faster.
-    """
-    if right.dim() == 2 or len(left) == 1:
-        flat = left.reshape(-1, left.shape[-1])
-        target = None if out is None else out.view(-1, out.shape[-1])
-        matrix = right if right.dim() == 2 else right[0]
-        if plus is None:
-            result = torch.mm(flat, matrix, out=target)
-        else:
-            result = torch.addmm(plus[0] if plus.dim() == 2 else plus.view(-1, plus.shape[-1]), flat, matrix, out=target)
-        return result.view(*left.shape[:-1], -1) if out is None else out
-    if plus is None:
-        return torch.bmm(left, right, out=out)
-    return torch.baddbmm(plus.unsqueeze(1) if plus.dim() == 2 else plus, left, right, out=out)
+
+def _plus(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`total + left @ right` in one product's accumulation."""
+    return torch.addmm(total, left, right) if left.dim() == 2 else torch.baddbmm(total, left, right)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

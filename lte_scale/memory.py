@@ -86,7 +86,7 @@ def memory(a: Arrangement, *, activations: int) -> Memory:
 def _gathered_values(a: Arrangement) -> int:
     units = a.units()
     if a.config.engine.name == "none":
-        return 0
+        return sum(units.values()) if a.config.train.bf16 else 0
     if a.config.base.gather == "window":
         return sum(units.values())
     if a.config.engine.name == "deepspeed":

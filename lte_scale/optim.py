@@ -15,6 +15,24 @@ from lte_scale.config.schema import OptimizerConfig
 from lte_scale.model import Heads
 
 
+class LateFlags:
+    """Flags of the device, read on the host one call later, when they have long arrived; on a CPU at once."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.arrived = torch.cuda.Event() if device.type == "cuda" else None
+        self.held = torch.zeros(count, dtype=torch.bool, pin_memory=self.arrived is not None)
+
+    def exchange(self, flags: Tensor) -> list[bool]:
+        """Hand over flags [count]; returns those of the call before."""
+        if self.arrived is None:
+            return list(flags.tolist())
+        self.arrived.synchronize()
+        before: list[bool] = self.held.tolist()
+        self.held.copy_(flags, non_blocking=True)
+        self.arrived.record()
+        return before
+
+
 class HeadOptimizer:
     """Steps the factors and replica parameters of the heads of this process.
 
@@ -39,6 +57,8 @@ class HeadOptimizer:
             {"params": list(heads.replicas.values()), "peak": config.replica_lr, "weight_decay": 0.0},
         ]
         self.adam = build_adam(name, groups, betas=(config.beta1, config.beta2), eps=config.eps, device=device)
+        self.fused = name == "adamw" and len(heads.ids) == 1
+        self.flags = LateFlags(len(heads.ids), device)
         self.skipped_in_a_row = [0] * len(heads.ids)
 
     def step(self, losses: Tensor, rate: Callable[[float], float] = lambda peak: peak) -> tuple[Tensor, list[bool]]:
@@ -49,22 +69,35 @@ class HeadOptimizer:
             rate: the learning rate from its peak.
 
         Returns:
-            The norm of every head's gradient [H], and for every head whether it was skipped.
+            The norm of every head's gradient [H], and for every head whether it was skipped; with one head on CUDA
+            whether it was in the step before, so that the host need not wait for the device.
         """
         self._average_gradients()
         norms = self._gradient_norms()
         finite = (losses.isfinite() & norms.isfinite()).to(norms.device)
-        skipped = (~finite).tolist()
-        self._scale_gradients(norms, finite, any(skipped))
-        kept = self._slices([index for index, bad in enumerate(skipped) if bad])
         for group in self.adam.param_groups:
             group["lr"] = rate(group["peak"])
-        self.adam.step()
-        for view, index, value in kept:
-            view[index].copy_(value)
+        skipped = self._step_fused(norms, finite) if self.fused else self._step_any(norms, finite)
         self.adam.zero_grad()
         self.skipped_in_a_row = [n + 1 if bad else 0 for n, bad in zip(self.skipped_in_a_row, skipped, strict=True)]
         return norms, skipped
+
+    def _step_fused(self, norms: Tensor, finite: Tensor) -> list[bool]:
+        """One head: torch's own kernel clips, and skips where the gradient is not finite; nobody waits to know."""
+        adam: Any = self.adam  # the protocol of torch.amp.GradScaler
+        adam.grad_scale = self._clip_factors(norms).reciprocal().squeeze()
+        adam.found_inf = (~finite).float().squeeze()
+        adam.step()
+        return self.flags.exchange(~finite)
+
+    def _step_any(self, norms: Tensor, finite: Tensor) -> list[bool]:
+        skipped: list[bool] = (~finite).tolist()
+        self._scale_gradients(norms, finite, any(skipped))
+        kept = self._slices([index for index, bad in enumerate(skipped) if bad])
+        self.adam.step()
+        for view, index, value in kept:
+            view[index].copy_(value)
+        return skipped
 
     def _average_gradients(self) -> None:
         group = self.collectives.head
@@ -77,12 +110,18 @@ class HeadOptimizer:
 
     def _gradient_norms(self) -> Tensor:
         count = len(self.heads.ids)
-        squares = [p.grad.view(count, -1).square().sum(1) for p in self.parameters.values() if p.grad is not None]
-        return torch.stack(squares).sum(0).sqrt()
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if count == 1:
+            return torch.nn.utils.get_total_norm(gradients).view(1)
+        norms = [torch.linalg.vector_norm(gradient.view(count, -1), dim=1) for gradient in gradients]
+        return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+    def _clip_factors(self, norms: Tensor) -> Tensor:
+        clip = self.config.clip_norm
+        return (clip / (norms + 1e-6)).clamp(max=1.0) if clip else torch.ones_like(norms)
 
     def _scale_gradients(self, norms: Tensor, finite: Tensor, any_skipped: bool) -> None:
-        clip = self.config.clip_norm
-        factors = (clip / (norms + 1e-6)).clamp(max=1.0) if clip else torch.ones_like(norms)
+        factors = self._clip_factors(norms)
         for parameter in self.parameters.values():
             gradient = parameter.grad
             if gradient is None:

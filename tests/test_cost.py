@@ -49,7 +49,9 @@ def written_out(rank: int, *, constant: int = 0) -> int:
         first = index == 0  # no gradient for the images
         total += 2 * rows * into * out * (1 if first else 2)
         total += 2 * rows * into * out if rank == 0 else 0
-        total += 2 * rows * (rank + constant) * (into + 2 * out + (0 if first else into)) + 2 * rows * rank * (into + out)
+        total += 2 * rows * (rank + constant) * (into + 2 * out + (0 if first else into)) + 2 * rows * rank * (
+            into + out
+        )
     return total
 
 

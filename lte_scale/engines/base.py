@@ -125,17 +125,23 @@ def fill_base(engine: Engine, heads: Heads, *, rank: int, seed: int) -> None:
 
 
 class SingleEngine:
-    """`engine: none`: one process that holds the whole base."""
+    """`engine: none`: one process that holds the whole base, and in bf16 a copy to compute with, cast at each edit."""
 
     tied_steps = 0
 
-    def __init__(self, model: nn.Module, heads: Heads, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, heads: Heads, device: torch.device, compute_dtype: torch.dtype) -> None:
         self.model, self.heads = model, heads
         materialise(model, device)
+        bases = {name: layer.base for name, layer in heads.linears.items()}
+        self.weights = {name: base.weight.data.view(-1) for name, base in bases.items()}
+        for base in bases.values():
+            base.weight.data = base.weight.data.to(compute_dtype)
 
     def slice_of(self, name: str, rank: int) -> Slice:
         return 0, self.heads.linears[name].base.weight.numel()
 
     @contextmanager
     def editable(self) -> Iterator[Mapping[str, Tensor]]:
-        yield {name: layer.base.weight.data.view(-1) for name, layer in self.heads.linears.items()}
+        yield self.weights
+        for name, layer in self.heads.linears.items():
+            layer.base.weight.data.view(-1).copy_(self.weights[name])
