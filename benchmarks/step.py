@@ -128,17 +128,14 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def memory(make: Callable[[], Contestant], device: torch.device) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer state, and the peak of a step."""
+def state_bytes(make: Callable[[], Contestant], device: torch.device) -> int:
+    """Bytes of weights, gradients and optimizer state on the device."""
     gc.collect()
     before = torch.cuda.memory_allocated(device)
     contestant = make()
-    for _ in range(2):  # the first one makes the state
-        torch.cuda.reset_peak_memory_stats(device)
-        contestant.step()
+    contestant.step()  # it makes the optimizer's state
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in contestant.trained)
-    kept = torch.cuda.memory_allocated(device) - before + gradients
-    return {"state_bytes": kept, "peak_bytes": torch.cuda.max_memory_allocated(device) - before}
+    return torch.cuda.memory_allocated(device) - before + gradients
 
 
 def profiled(contestant: Contestant, device: torch.device) -> str:
@@ -167,7 +164,7 @@ def measure(name: str, arguments: argparse.Namespace, device: torch.device) -> d
     if device.type == "cuda":
         config = configuration(name, arguments.rank, 1, size, compiled=arguments.compile != "no", offloaded=True)
         makers["lte 1 offloaded"] = partial(lte, config, images, labels)
-    spent = {key: memory(make, device) for key, make in makers.items()} if device.type == "cuda" else {}
+    spent = {key: state_bytes(make, device) for key, make in makers.items()} if device.type == "cuda" else {}
     contestants = {key: make() for key, make in makers.items()}
     for contestant in contestants.values():
         seconds(contestant, 3, device)
@@ -187,14 +184,20 @@ def measure(name: str, arguments: argparse.Namespace, device: torch.device) -> d
         )
         for heads in arguments.heads
     }
-    return {"batch_size": size, "rank": arguments.rank, "rounds": rounds, "memory": spent, "flops_per_image": flops}
+    return {
+        "batch_size": size,
+        "rank": arguments.rank,
+        "rounds": rounds,
+        "state_bytes": spent,
+        "flops_per_image": flops,
+    }
 
 
 def table(results: dict[str, dict[str, Any]], peak: float) -> str:
     """Of every contestant its time, and the ratio of full-rank's better one to it."""
     lines = [
-        "| model | contestant | step | images/s against full-rank | MFU | state | peak |",
-        "|---|---|---|---|---|---|---|",
+        "| model | contestant | step | images/s against full-rank | MFU | state |",
+        "|---|---|---|---|---|---|",
     ]
     for model, found in results.items():
         rounds = found["rounds"]
@@ -205,10 +208,10 @@ def table(results: dict[str, dict[str, Any]], peak: float) -> str:
             kind = key.split()
             flops = {str(k): v for k, v in found["flops_per_image"].items()}.get(kind[1], 0)
             used = f"{flops * found['batch_size'] / middle / peak:.0%}" if peak and flops else ""
-            bytes_ = found["memory"].get(key, {})
-            state, top = (f"{bytes_[k] / 1e9:.2f} GB" if bytes_ else "" for k in ("state_bytes", "peak_bytes"))
+            kept = found["state_bytes"].get(key)
+            state = f"{kept / 1e9:.2f} GB" if kept else ""
             ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-            lines.append(f"| {model} | {label(kind)} | {1e3 * middle:.0f} ms | {ratio} | {used} | {state} | {top} |")
+            lines.append(f"| {model} | {label(kind)} | {1e3 * middle:.0f} ms | {ratio} | {used} | {state} |")
     return "\n".join(lines)
 
 

@@ -13,24 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_may_form: ContextVar[bool] = ContextVar("may_form", default=True)
+_may_form = True
 
 
 @contextmanager
 def as_written() -> Iterator[None]:
     """The products of the equation, `W x` and `B (A x)`, whatever the number of rows: what FLOPs are counted of."""
-    token = _may_form.set(False)
+    global _may_form
+    _may_form = False
     try:
         yield
     finally:
-        _may_form.reset(token)
+        _may_form = True
 
 
 def low_rank_linear(
@@ -52,7 +52,7 @@ def low_rank_linear(
     """
     heads, into = len(A_HRI), x.shape[-1]
     rows = x.numel() // into // heads
-    formed = _may_form.get() and rows * sum(weight_OI.shape) > 2 * weight_OI.numel()
+    formed = _may_form and rows * sum(weight_OI.shape) > 2 * weight_OI.numel()
     factors = [A_HRI, B_HOR, bias_HO, A_prev_HRI, B_prev_HOR]
     if heads == 1:
         factors = [None if factor is None else factor[0] for factor in factors]
