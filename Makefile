@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv demo test test-slow test-deepspeed test-slurm test-docker test-observability bench-engines bench-metrics bench-merge lint format docs dashboards clean
+.PHONY: help venv demo test test-slow test-deepspeed test-slurm test-docker test-observability bench-engines bench-metrics bench-merge bench-quality lint format docs dashboards clean
 
 help:
 	@echo "make demo       train LTE on real images on this machine, to a picture"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-docker  docker/Dockerfile.cpu followed in a clean Debian, and a training in it (root, no engine)"
 	@echo "make test-observability  a real Prometheus on an emulated run, the report in a browser (root, apt)"
 	@echo "make bench-merge     LTE against DDP, FSDP and DiLoCo on emulated nodes with slow links (root; hours)"
+	@echo "make bench-quality   accuracy at equal samples: LTE, full-rank, DiLoCo, ReLoRA, LoRA (hours; goes on where it was)"
 	@echo "make bench-metrics   what metrics cost a step"
 	@echo "make bench-engines   step time, memory and merge time of the engines, side by side"
 	@echo "make lint       ruff, mypy, shellcheck"
@@ -73,6 +74,10 @@ bench-merge: venv
 	(for tool in ip tc; do command -v $$tool >/dev/null || exit 1; done) || \
 	    { apt-get -qq update && apt-get -qq install -y iproute2; } </dev/null
 	$(BIN)/python benchmarks/merge.py
+
+bench-quality: venv
+	test -d /usr/share/datasets/fashion-mnist || { apt-get -qq update && apt-get -qq install -y dataset-fashion-mnist; } </dev/null
+	$(BIN)/python benchmarks/quality.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -68,9 +68,7 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
     for layer in heads.linears.values():
         layer.folded = arrangement.folded
         if not config.adapters.alpha:
-            rank, into = layer.A.shape[1:]
-            count = 1 if alike else collectives.topology.heads
-            layer.scale = dense_equivalent_scale(heads=count, rank=rank, into=into)
+            layer.scale = dense_equivalent_scale(1 if alike else collectives.topology.heads)
     for module in model.modules():
         if isinstance(module, ReplicaNorm):
             module.layer_norm = norm
