@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,10 +24,12 @@ from lte_scale.config.schema import (
     TopologyConfig,
     TrainConfig,
 )
+from lte_scale.estimate import make_plan
 from lte_scale.initial import orthogonal_factor, seed_of
 from lte_scale.model import attach, build
 from lte_scale.scaling_rule import DRIFT, dense_equivalent_scale, rate_of_a
 from lte_scale.schedules import rewarmed
+from lte_scale.traffic import by_scope
 from tests.dist.equality import BATCH, Run
 from tests.reference import CLASSES, TINY, head_batch
 
@@ -174,6 +177,15 @@ def test_relora_warms_up_again_after_every_merge() -> None:
     assert factors[10:14] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
     assert factors[20] == pytest.approx(1 / 3)
     assert {rewarmed(step, window=10, share=0.0) for step in range(1, 25)} == {1.0}
+
+
+@pytest.mark.parametrize("method", ["full", "diloco"])
+def test_plan_of_dense_methods(method: str) -> None:
+    config = replace(configuration(method), model=replace(TINY, num_classes=CLASSES), engine=EngineConfig())
+    plan = make_plan(config, nodes=2, ranks_per_node=1)
+    assert plan.flops == plan.full_rank_flops
+    assert by_scope(plan.gather)["inter_node"] == 0
+    assert (by_scope(plan.step)["inter_node"] > 0) == (method == "full")
 
 
 @pytest.mark.parametrize("method", ["lte", "full", "diloco", "lora", "relora"])

@@ -9,6 +9,7 @@ import torch
 
 from lte_scale.config.methods import translated
 from lte_scale.config.schema import Config, EngineConfig
+from tests.dist import test_bytes
 from tests.dist.equality import BATCH, train
 from tests.dist.test_equality import assert_equal, configuration
 from tests.harness import DistributedPool
@@ -58,3 +59,8 @@ def test_two_nodes_begin_anew_alike(pool4: DistributedPool) -> None:
     first, second = pool4.run(train, of_method("relora", 0), STEPS, ranks_per_node=1, world_size=2)
     assert all(value.equal(second.replicas[name]) for name, value in first.replicas.items())
     assert first.parts and all(part.equal(second.parts[name][2]) for name, (_, _, part) in first.parts.items())
+
+
+@pytest.mark.parametrize("method", ["full", "diloco", "lora"])
+def test_bytes_equal_plan(pool4: DistributedPool, method: str) -> None:
+    test_bytes.assert_equal(pool4, translated(replace(test_bytes.configuration(heads=2), method=method)))
