@@ -14,6 +14,7 @@ from lte_scale.apex import layer_norm
 from lte_scale.arrangement import Arrangement
 from lte_scale.collectives import Collectives
 from lte_scale.config.deepspeed import settings
+from lte_scale.config.methods import translated
 from lte_scale.config.schema import Config
 from lte_scale.cost import shapes_of, training_flops
 from lte_scale.data import TrainStream
@@ -137,4 +138,6 @@ def adapt(config: Config, num_classes: int, device: str | torch.device = "cpu") 
     """`assemble` for a loop of one's own, on the ranks that torchrun started or in one process."""
     device = torch.device(device)
     topology = from_environment(config.topology.heads_per_node)
-    return assemble(with_precision(config, device), num_classes, Collectives(topology, device=device), device)
+    return assemble(
+        translated(with_precision(config, device)), num_classes, Collectives(topology, device=device), device
+    )
