@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv demo test test-slow test-deepspeed test-slurm test-docker test-observability bench-engines bench-metrics bench-merge bench-speed lint format docs dashboards clean
+.PHONY: help venv demo test test-slow test-deepspeed test-slurm test-docker test-observability bench-engines bench-metrics bench-merge bench-quality bench-speed lint format docs dashboards clean
 
 help:
 	@echo "make demo       train LTE on real images on this machine, to a picture"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-observability  a real Prometheus on an emulated run, the report in a browser (root, apt)"
 	@echo "make bench-merge     LTE against DDP, FSDP and DiLoCo on emulated nodes with slow links (root; hours)"
 	@echo "make bench-speed     a step of LTE against one of full-rank training on this CPU (on a GPU: benchmarks/step.py)"
+	@echo "make bench-quality   accuracy at equal samples: LTE, full-rank, DiLoCo, ReLoRA, LoRA (hours; goes on where it was)"
 	@echo "make bench-metrics   what metrics cost a step"
 	@echo "make bench-engines   step time, memory and merge time of the engines, side by side"
 	@echo "make lint       ruff, mypy, shellcheck"
@@ -77,6 +78,10 @@ bench-merge: venv
 	(for tool in ip tc; do command -v $$tool >/dev/null || exit 1; done) || \
 	    { apt-get -qq update && apt-get -qq install -y iproute2; } </dev/null
 	$(BIN)/python benchmarks/merge.py
+
+bench-quality: venv
+	test -d /usr/share/datasets/fashion-mnist || { apt-get -qq update && apt-get -qq install -y dataset-fashion-mnist; } </dev/null
+	$(BIN)/python benchmarks/quality.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ first head (merged weights).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -129,11 +130,16 @@ class LTEPatchConv(LTELinear):
     kernel: tuple[int, int]
 
     def forward(self, x: Tensor) -> Tensor:
-        (ky, kx), (batch, channels) = self.kernel, x.shape[:2]
-        ny, nx = x.shape[2] // ky, x.shape[3] // kx
-        patches = x[:, :, : ny * ky, : nx * kx].reshape(batch, channels, ny, ky, nx, kx).permute(0, 2, 4, 1, 3, 5)
-        y = super().forward(patches.reshape(batch, ny * nx, channels * ky * kx))
-        return y.transpose(1, 2).reshape(batch, -1, ny, nx)
+        return over_patches(super().forward, x, self.kernel)
+
+
+def over_patches(linear: Callable[[Tensor], Tensor], x: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """[B,C,Y,X] to [B,O,y,x] by a linear map over the patches of a kernel."""
+    (ky, kx), (batch, channels) = kernel, x.shape[:2]
+    ny, nx = x.shape[2] // ky, x.shape[3] // kx
+    patches = x[:, :, : ny * ky, : nx * kx].reshape(batch, channels, ny, ky, nx, kx).permute(0, 2, 4, 1, 3, 5)
+    y = linear(patches.reshape(batch, ny * nx, channels * ky * kx))
+    return y.transpose(1, 2).reshape(batch, -1, ny, nx)
 
 
 class ReplicaLinear(nn.Module):
@@ -153,6 +159,15 @@ class ReplicaLinear(nn.Module):
         if self.bias is not None:
             y_HMO = y_HMO + self.bias.unsqueeze(1)
         return y_HMO.reshape(*x.shape[:-1], -1)
+
+
+class ReplicaPatchConv(ReplicaLinear):
+    """The same for a convolution whose stride is its kernel: [B,C,Y,X] to [B,O,y,x]."""
+
+    kernel: tuple[int, int]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return over_patches(super().forward, x, self.kernel)
 
 
 class ReplicaNorm(nn.Module):

@@ -14,6 +14,7 @@ from lte_scale.apex import layer_norm
 from lte_scale.arrangement import Arrangement
 from lte_scale.collectives import Collectives
 from lte_scale.config.deepspeed import settings
+from lte_scale.config.methods import translated
 from lte_scale.config.schema import Config
 from lte_scale.cost import shapes_of, training_flops
 from lte_scale.data import TrainStream
@@ -25,6 +26,7 @@ from lte_scale.merge import Merger
 from lte_scale.model import Heads, attach, build
 from lte_scale.optim import HeadOptimizer
 from lte_scale.precision import with_precision
+from lte_scale.scaling_rule import dense_equivalent_scale, rate_of_a
 from lte_scale.topology import Topology, from_environment
 
 
@@ -61,10 +63,13 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
     model = build(config.model, num_classes, seed=config.seed)
     if device.type == "cpu":
         _plain_attention(model)
-    heads = attach(model, config.adapters, collectives.topology.my_heads, seed=config.seed)
+    alike = config.optimizer.average == "all"
+    heads = attach(model, config.adapters, collectives.topology.my_heads, seed=config.seed, alike=alike)
     arrangement = Arrangement(shapes_of(heads), collectives.topology, config)
     for layer in heads.linears.values():
         layer.folded = arrangement.folded
+        if not config.adapters.alpha:
+            layer.scale = dense_equivalent_scale(1 if alike else collectives.topology.heads)
     for module in model.modules():
         if isinstance(module, ReplicaNorm):
             module.layer_norm = norm
@@ -74,7 +79,9 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.bf16)
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
     engine: Engine
-    if config.engine.name == "fsdp":
+    if not heads.linears:  # every layer is dense: there is no base to shard
+        engine = SingleEngine(model, heads, device)
+    elif config.engine.name == "fsdp":
         engine = FSDPEngine(model, heads, blocks, collectives, config.base, device=device, compute_dtype=dtype)
     elif config.engine.name == "deepspeed":
         json = settings(config, collectives.topology)
@@ -83,7 +90,12 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
         engine = SingleEngine(model, heads, device, dtype)
     fill_base(engine, heads, rank=collectives.topology.rank, seed=config.seed)
     merger = Merger(heads, engine, collectives, arrangement)
-    return LTE(heads, engine, merger, HeadOptimizer(heads, config.optimizer, collectives), autocast)
+    lr_of_a = None
+    if not config.adapters.alpha:
+        window = config.merge.cadence.local_every
+        lr_of_a = rate_of_a(config.optimizer.lr, rank=config.adapters.rank, window=window)
+    optimizer = HeadOptimizer(heads, config.optimizer, collectives, lr_of_a=lr_of_a)
+    return LTE(heads, engine, merger, optimizer, autocast)
 
 
 def train_stream(config: Config, index: ShardIndex, num_classes: int, topology: Topology) -> TrainStream:
@@ -126,4 +138,6 @@ def adapt(config: Config, num_classes: int, device: str | torch.device = "cpu") 
     """`assemble` for a loop of one's own, on the ranks that torchrun started or in one process."""
     device = torch.device(device)
     topology = from_environment(config.topology.heads_per_node)
-    return assemble(with_precision(config, device), num_classes, Collectives(topology, device=device), device)
+    return assemble(
+        translated(with_precision(config, device)), num_classes, Collectives(topology, device=device), device
+    )

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lte_scale.adapters import LTEPatchConv
+from lte_scale.adapters import LTEPatchConv, ReplicaPatchConv
 from lte_scale.low_rank import as_written
 from lte_scale.model import Heads
 
@@ -205,6 +205,8 @@ def _channels(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, LTEPatchConv):
             return int(module.A.shape[2] // math.prod(module.kernel))
+        if isinstance(module, ReplicaPatchConv):
+            return int(module.weight.shape[2] // math.prod(module.kernel))
         if isinstance(module, nn.Conv2d):
             return module.in_channels
     raise ValueError("model: no convolution that reads images was found; choose a vision transformer of timm")

@@ -47,7 +47,7 @@ class FactorExchange:
     @property
     def device(self) -> torch.device:
         """Where messages are formed: that of the factors, also if the weights are offloaded."""
-        return next(iter(self.heads.linears.values())).A.device
+        return next(iter(self.heads.parameters().values())).device
 
     def sizes(self, names: Sequence[str]) -> tuple[int, int]:
         """Values of A and of B of one head."""

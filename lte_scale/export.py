@@ -42,7 +42,7 @@ def load_merged(checkpoint: Path, *, average: bool = False) -> tuple[Config, int
     config = load_config(checkpoint / "config.yaml")
     stored = read_metadata(checkpoint).state_dict_metadata
     base, replica = ("average", "replica_average") if average else ("master", "replica_master")
-    if not any(name.startswith(f"{base}/") for name in stored):
+    if not any(name.startswith(f"{replica}/") for name in stored):
         raise ValueError(f"{checkpoint}: holds no moving average; train with train.ema_decay above 0")
     classes = read_state(checkpoint).get("classes")
     if not isinstance(classes, int):

@@ -77,7 +77,7 @@ def memory(a: Arrangement, *, activations: int) -> Memory:
         activations=activations,
         merge_history=FP32 * _history_values(a),
         unsent=FP32 * unsent_values(a, 0),
-        merge_buffers=FP32 * max(_buffer_values(a, bucket) for bucket in a.buckets),
+        merge_buffers=FP32 * max((_buffer_values(a, bucket) for bucket in a.buckets), default=0),
         under_way=FP32 * _values_under_way(a),
         cpu=sum(weights.values()) if offloaded else 0,
     )

@@ -42,6 +42,7 @@ from lte_scale.dense import DenseExchange
 from lte_scale.engines.base import Engine, cut_from
 from lte_scale.exchange import FactorExchange, Factors
 from lte_scale.flight import Flight
+from lte_scale.initial import seed_of
 from lte_scale.model import Heads
 from lte_scale.outer import Outer
 from lte_scale.products import Products
@@ -132,6 +133,8 @@ class Merger:
                 jobs |= {"masters": verified} if verified else {}
             elif 0 in departing or self.cadence.is_local(step):
                 self.replicas.merge(everywhere=0 in departing)
+        if departing and self.arrangement.config.adapters.redraw:  # every B is zero
+            self.heads.initialise(seed_of(self.arrangement.config.seed, step))
         if jobs:
             self.flight = Flight(jobs, self.exchange.device)
         else:

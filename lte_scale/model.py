@@ -16,7 +16,16 @@ from timm.layers.norm import LayerNorm2d, RmsNorm
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lte_scale.adapters import BaseWeight, Layout, LTELinear, LTEPatchConv, PerSample, ReplicaLinear, ReplicaNorm
+from lte_scale.adapters import (
+    BaseWeight,
+    Layout,
+    LTELinear,
+    LTEPatchConv,
+    PerSample,
+    ReplicaLinear,
+    ReplicaNorm,
+    ReplicaPatchConv,
+)
 from lte_scale.config.schema import AdaptersConfig, ModelConfig
 from lte_scale.initial import base_slice, orthogonal_factor
 
@@ -33,6 +42,7 @@ class Heads:
         replicas: the replica parameters, by the parameter's name in the timm model; each viewable as [H, -1].
         replica_shapes: the shape each of them has in the timm model.
         weight_shapes: the shape each adapted layer's weight has in the timm model.
+        alike: all heads of the run are one, so that they draw the same A.
     """
 
     ids: range
@@ -42,10 +52,19 @@ class Heads:
     replicas: Mapping[str, nn.Parameter]
     replica_shapes: Mapping[str, torch.Size]
     weight_shapes: Mapping[str, torch.Size]
+    alike: bool = False
 
     def factor_parameters(self) -> dict[str, nn.Parameter]:
         """`LAYER.A` and `LAYER.B` of every adapted layer."""
         return {f"{name}.{f}": getattr(layer, f) for name, layer in self.linears.items() for f in ("A", "B")}
+
+    def dense_weights(self) -> dict[str, nn.Parameter]:
+        """The weights among the replica parameters: those of dense linear layers."""
+        return {
+            name: p
+            for name, p in self.replicas.items()
+            if name.endswith(".weight") and len(self.replica_shapes[name]) > 1
+        }
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Everything trainable."""
@@ -57,7 +76,8 @@ class Heads:
         for name, layer in self.linears.items():
             rank, into = layer.A.shape[1:]
             for index, head in enumerate(self.ids):
-                layer.A[index].copy_(orthogonal_factor(name, rank, into, head, seed=seed))
+                drawn = orthogonal_factor(name, rank, into, 0 if self.alike else head, seed=seed)
+                layer.A[index].copy_(drawn)
             layer.B.zero_()
             if layer.A_prev is not None and layer.B_prev is not None:
                 layer.A_prev.copy_(layer.A)
@@ -112,12 +132,13 @@ def _dense_weights_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def attach(model: nn.Module, config: AdaptersConfig, ids: range, *, seed: int) -> Heads:
+def attach(model: nn.Module, config: AdaptersConfig, ids: range, *, seed: int, alike: bool = False) -> Heads:
     """Replace, in place, every linear map of `model` by one with heads, and make the rest replica parameters.
 
     Args:
         ids: global ids of the heads of this process.
         seed: of the initial values; the same on every rank.
+        alike: all heads of the run are one.
 
     Raises:
         ValueError: naming a layer that cannot be adapted, and what to do; or a pattern that matches no layer.
@@ -145,7 +166,7 @@ def attach(model: nn.Module, config: AdaptersConfig, ids: range, *, seed: int) -
     for name in linears:
         del replicas[f"{name}.A"], replicas[f"{name}.B"]
     shapes = {name: _timm_shape(p, layout.heads, model, name) for name, p in replicas.items()}
-    heads = Heads(ids, layout, config.mode, linears, replicas, shapes, weight_shapes)
+    heads = Heads(ids, layout, config.mode, linears, replicas, shapes, weight_shapes, alike)
     heads.initialise(seed)
     return heads
 
@@ -190,16 +211,19 @@ def _linear_replacement(
             return _dense_convolution(name, module, config, layout, seed)
     shape = (module.weight.shape[0], module.weight[0].numel())
     if _matches(name, config.dense):
-        if isinstance(module, nn.Conv2d):
-            return _dense_convolution(name, module, config, layout, seed)
-        return ReplicaLinear(layout, _draw(name, shape, initial_std(module), seed), module.bias)
+        weight = _draw(name, shape, initial_std(module), seed)
+        if isinstance(module, nn.Linear):
+            return ReplicaLinear(layout, weight, module.bias)
+        convolution = ReplicaPatchConv(layout, weight, module.bias)
+        convolution.kernel = cast(tuple[int, int], module.kernel_size)
+        return convolution
     asked = next((r for pattern, r in config.rank_by_layer.items() if fnmatchcase(name, pattern)), config.rank)
     kind = LTEPatchConv if isinstance(module, nn.Conv2d) else LTELinear
     layer = kind(
         layout,
         shape,
         rank=min(asked, *shape),  # a higher rank adds nothing; the scale stays that of the rank asked for
-        scale=config.alpha / asked,
+        scale=config.alpha / asked or math.nan,  # automatic: it depends on all heads of the run (`assemble`)
         mode="resetless" if config.mode == "resetless" else "reset",
         bias=module.bias,
     )
@@ -269,6 +293,8 @@ def _timm_name(name: str) -> str:
 
 def _timm_shape(parameter: nn.Parameter, heads: int, model: nn.Module, name: str) -> torch.Size:
     owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, ReplicaPatchConv) and parameter.ndim == 3:
+        return torch.Size((parameter.shape[1], parameter.shape[2] // math.prod(owner.kernel), *owner.kernel))
     if isinstance(owner, LTELinear | ReplicaLinear | ReplicaNorm):
         return parameter.shape[1:]
     if heads == 1:

@@ -43,18 +43,30 @@ class HeadOptimizer:
         skipped_in_a_row: for each head, steps skipped since its last good one.
     """
 
-    def __init__(self, heads: Heads, config: OptimizerConfig, collectives: Collectives) -> None:
+    def __init__(
+        self, heads: Heads, config: OptimizerConfig, collectives: Collectives, *, lr_of_a: float | None = None
+    ) -> None:
+        """`lr_of_a`: the peak rate of A, if it is not that of B."""
         self.heads, self.config, self.collectives = heads, config, collectives
         self.parameters: dict[str, nn.Parameter] = heads.parameters()
         device = next(iter(self.parameters.values())).device
         name = choose(config.name, device)
         if config.name == "auto":  # packages may differ between ranks, and ranks that share a head step it alike
             name = collectives.broadcast_object(name)
-        layers = heads.linears.values()
+        layers, dense = heads.linears.values(), heads.dense_weights()
         groups: list[dict[str, Any]] = [  # what restarts together is one group
-            {"params": [layer.A for layer in layers], "peak": config.lr, "weight_decay": config.weight_decay},
+            {
+                "params": [layer.A for layer in layers],
+                "peak": lr_of_a or config.lr,
+                "weight_decay": config.weight_decay,
+            },
             {"params": [layer.B for layer in layers], "peak": config.lr, "weight_decay": config.weight_decay},
-            {"params": list(heads.replicas.values()), "peak": config.replica_lr, "weight_decay": 0.0},
+            {"params": list(dense.values()), "peak": config.lr, "weight_decay": config.weight_decay},
+            {
+                "params": [p for name, p in heads.replicas.items() if name not in dense],
+                "peak": config.replica_lr,
+                "weight_decay": 0.0,
+            },
         ]
         self.adam = build_adam(name, groups, betas=(config.beta1, config.beta2), eps=config.eps, device=device)
         self.fused = name == "adamw" and len(heads.ids) == 1
@@ -62,7 +74,7 @@ class HeadOptimizer:
         self.skipped_in_a_row = [0] * len(heads.ids)
 
     def step(self, losses: Tensor, rate: Callable[[float], float] = lambda peak: peak) -> tuple[Tensor, list[bool]]:
-        """Average the gradients over the ranks that share a head, clip, step every head that is finite, clear.
+        """Average gradients over the ranks that share a head, or over all; clip, step every head that is finite, clear.
 
         Args:
             losses: mean loss of every head [H].
@@ -100,7 +112,7 @@ class HeadOptimizer:
         return skipped
 
     def _average_gradients(self) -> None:
-        group = self.collectives.head
+        group = self.collectives.world if self.config.average == "all" else self.collectives.head
         if group.size == 1:
             return
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]

@@ -38,6 +38,12 @@ def lr_at(step: int, *, name: str, peak: float, total: int, warmup: int, decay: 
     return peak
 
 
+def rewarmed(step: int, *, window: int, share: float) -> float:
+    """Factor of the rate of step `step` (1 ...): after the first window it comes back in each one's `share`."""
+    since, length = (step - 1) % window + 1, math.ceil(share * window)
+    return min(1.0, since / length) if length and step > window else 1.0
+
+
 def due(step: int, every: int, last: int | None = None) -> bool:
     """Whether something with period `every` is due after `step`; always after the step `last`; never if 0."""
     return step == last or (every > 0 and step % every == 0)

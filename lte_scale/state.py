@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from lte_scale.config.schema import Config
-from lte_scale.schedules import lr_at, to_steps
+from lte_scale.schedules import lr_at, rewarmed, to_steps
 
 
 @dataclass
@@ -81,7 +81,8 @@ class Schedule:
     def lr(self, peak: float, step: int) -> float:
         """Learning rate of optimizer step `step` for a peak rate."""
         s = self.config.schedule
-        return lr_at(
+        window = self.config.merge.every
+        return rewarmed(step, window=window, share=s.rewarm) * lr_at(
             step,
             name=s.name,
             peak=peak,

@@ -72,9 +72,10 @@ def gather_traffic(a: Arrangement, rank: int) -> Traffic:
 
 
 def gradient_traffic(a: Arrangement, rank: int) -> Traffic:
-    """Averaging the gradients of a head that several ranks share, every step."""
+    """Averaging the gradients of a head that several ranks share (or all), every step."""
     links = Links(a.topology, rank)
-    links.all_reduce(links.head, "head_gradient", FP32 * a.shapes.trainable_values)
+    group = links.world if a.config.optimizer.average == "all" else links.head
+    links.all_reduce(group, "head_gradient", FP32 * a.shapes.trainable_values)
     return links.sent
 
 

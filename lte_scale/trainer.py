@@ -65,7 +65,7 @@ class Trainer:
         self.profiler = Profiler(config.profile.steps, run_dir, collectives)
         self.preemption = Preemption(
             collectives,
-            collectives.world if config.base.crosses_nodes else collectives.node,
+            collectives.world if config.base.crosses_nodes or config.optimizer.average == "all" else collectives.node,
             tied_steps=self.engine.tied_steps,
             may_end_at=self.merger.cadence.at_rest,
         )

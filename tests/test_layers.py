@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lte_scale"
 
 LAYERS: dict[int, set[str]] = {
-    0: {"cadence", "config", "schedules", "log", "quantities"},
+    0: {"cadence", "config", "schedules", "scaling_rule", "log", "quantities"},
     1: {"topology", "timing", "precision", "collectives", "apex"},
     2: {"adapters", "low_rank", "initial", "model", "cost"},
     3: {"archive", "augment", "damage", "data", "index", "loader", "order", "reading", "shards", "sources"},

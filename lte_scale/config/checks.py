@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from lte_scale.config.deepspeed import settings
+from lte_scale.config.methods import check_method
 from lte_scale.config.schema import Config, ConfigError, MergeConfig
 from lte_scale.schedules import parse_duration, parse_range
 from lte_scale.topology import Topology
@@ -28,6 +29,7 @@ def check(config: Config) -> None:
     """
     _durations(config)
     _merge_and_base(config)
+    check_method(config)
     _model_and_data(config)
 
 
@@ -68,6 +70,12 @@ def _merge_and_base(config: Config) -> None:
             f"them; use merge.local_every={merge.every} or base.scope=node"
         )
     _delay_and_fragments(config)
+    if config.adapters.redraw and (config.adapters.mode, merge.delay, merge.fragments) != ("reset", 0, 1):
+        raise ConfigError(
+            f"adapters.redraw: true with adapters.mode {config.adapters.mode!r}, merge.delay {merge.delay} and "
+            f"merge.fragments {merge.fragments}: A can be drawn anew where every B is zero at once; use mode reset, "
+            "delay 0 and fragments 1, or leave it out"
+        )
     if base.scope == "node" and base.gather == "node":
         raise ConfigError(
             "base.gather: 'node' is for base.scope 'global'; with 'node' it is what base.gather=pass does"
@@ -197,6 +205,12 @@ def check_topology(config: Config, nodes: int, ranks_per_node: int) -> None:
         ranks_per_node=ranks_per_node,
         heads_per_node=config.topology.heads_per_node or ranks_per_node,
     )
+    if config.optimizer.average == "all" and topology.heads_per_rank > 1:
+        raise ConfigError(
+            f"topology.heads_per_node: {topology.heads_per_node} on {ranks_per_node} ranks, but gradients that are "
+            f"averaged over all (method {config.method!r}) make one head; use topology.heads_per_node=0 and "
+            f"train.batch_size={config.train.batch_size * topology.heads_per_rank}"
+        )
     share, rest = divmod(config.train.batch_size, topology.ranks_per_head)
     if rest:
         raise ConfigError(

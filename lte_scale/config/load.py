@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from lte_scale.config.checks import check
+from lte_scale.config.methods import translated
 from lte_scale.config.schema import Config, ConfigError
 from lte_scale.config.strict_yaml import StrictDumper, parse, said
 
@@ -31,6 +32,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     config = typing.cast(Config, _section(Config, tree, "", "" if path is None else f"{path}: "))
     for override in overrides:
         config = _override(config, override)
+    config = translated(config)
     check(config)
     return config
 

@@ -50,7 +50,12 @@ class AdaptersConfig:
     """The low-rank heads (arXiv 2402.16828, section 3)."""
 
     rank: int = option(32, "Rank r of the factors of every layer.", least=1)
-    alpha: float = option(64.0, "Numerator of the scale s = alpha / r of the low-rank product.", above=0)
+    alpha: float = option(
+        0.0,
+        "Numerator of the scale s = alpha / r of the low-rank product. 0: scale and rates follow from optimizer.lr, "
+        "which then is the rate of a dense AdamW (docs/recipes.md).",
+        least=0,
+    )
     mode: str = option(
         "reset",
         "reset: B is set to zero after a merge; resetless: factors are kept and only their change is merged.",
@@ -59,6 +64,7 @@ class AdaptersConfig:
     rank_by_layer: Mapping[str, int] = option(
         {}, "Rank by layer name pattern (shell style, first match wins), for example `blocks.*.attn.qkv: 64`."
     )
+    redraw: bool = option(False, "Draw A anew after every global merge (mode reset, a merge of all layers at once).")
     dense: list[str] = option(
         [], "Layer name patterns (shell style) trained as dense replica parameters, without factors."
     )
@@ -174,13 +180,24 @@ class OptimizerConfig:
         "fastest that is there, so a resumed run may take another one where packages have changed.",
         one_of=("auto", "adamw", "apex", "deepspeed"),
     )
-    lr: float = option(1e-3, "Peak learning rate of the factors.", above=0)
+    lr: float = option(
+        1e-3,
+        "Peak learning rate of dense linear layers, and of the factors: by way of their scale if adapters.alpha is 0, "
+        "else as it is.",
+        above=0,
+    )
     replica_lr: float = option(1e-3, "Peak learning rate of biases, norms, tokens and position embeddings.", above=0)
     beta1: float = option(0.9, "Decay of the first moment.", least=0, most=0.99999)
     beta2: float = option(0.999, "Decay of the second moment.", least=0, most=0.99999)
     eps: float = option(1e-8, "Added to the denominator.", above=0)
     weight_decay: float = option(0.0, "Decoupled weight decay of the factors (replica parameters have none).", least=0)
     clip_norm: float = option(1.0, "Gradient norm to which each head is clipped; 0 is off.", least=0)
+    average: str = option(
+        "head",
+        "Whose gradients are averaged at every step: of the ranks that share a head, or of all ranks, which makes them "
+        "all one head.",
+        one_of=("head", "all"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,6 +208,9 @@ class ScheduleConfig:
     warmup: str = option("0", "Linear warm-up: steps (`500`) or epochs (`2ep`).")
     decay: str = option("0", "Length of the final linear decay of `wsd`: steps or epochs.")
     final_ratio: float = option(0.01, "Last learning rate, as a ratio of the peak.", least=0, most=1)
+    rewarm: float = option(
+        0.0, "Share of the window after a global merge in which the rate comes back from zero.", least=0, most=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -338,6 +358,13 @@ class Config:
     run_dir: str = option("runs/default", "Directory of the run: configuration, metrics, checkpoints, events.")
     resume: str = option(
         "auto", "auto: from the latest checkpoint of the run, if any; never; or the path of a checkpoint."
+    )
+    method: str = option(
+        "lte",
+        "lte, or a baseline in the same trainer (docs/recipes.md): full (every weight trained, gradients averaged at "
+        "every step), diloco (heads train every weight, merged by Nesterov), lora (one pair of factors for the whole "
+        "run), relora (one pair, merged and begun anew). Sets some of the keys below.",
+        one_of=("lte", "full", "diloco", "lora", "relora"),
     )
     seed: int = option(0, "Seed of weights, heads, data order and augmentation.", least=0, most=2**31 - 1)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""Accuracy for the same samples: LTE beside full-rank training, DiLoCo, LoRA and ReLoRA, in the same trainer.
+
+    benchmarks/quality.py --hours 1                      what is missing of all rows, for at most about an hour
+    benchmarks/quality.py --duration 2ep ROW [ROW ...]   of these rows, with longer runs
+
+Real images (Fashion-MNIST), a vision transformer of half a million parameters, one process. A row's learning rate is
+tuned on seed 0, the same way for all: doubled or halved from the same start until the best has a worse one on either
+side; at the best one further seeds are run. LTE's rate is the dense equivalent one (docs/recipes.md); alpha is not
+tuned.
+
+A run that is in benchmarks/results/quality.json is not repeated. Every run is added when it ends, with docs/quality.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from figures import hardware
+from quality_page import write_page
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
+SOURCE = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
+IMAGES_PER_STEP = 256
+START = 2e-3
+Run = dict[str, Any]
+
+COMMON = (
+    "engine=none",
+    "data.workers=0",
+    "metrics.port=0",
+    "metrics.every=1000000",
+    "checkpoint.every=0",
+    "schedule.warmup=20",
+    "evaluate.every=40",
+    "adapters.alpha=0",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting, and how many seeds it is to have (1: for a trend, no comparison)."""
+
+    overrides: tuple[str, ...]
+    seeds: int = 1
+    tuned: bool = True
+
+    def command(self, rate: float, seed: int, duration: str) -> tuple[str, ...]:
+        own = (f"optimizer.lr={rate:g}", f"optimizer.replica_lr={rate:g}", f"train.duration={duration}", f"seed={seed}")
+        return (*COMMON, *self.overrides, *own)
+
+
+def _heads(count: int) -> tuple[str, ...]:
+    return (f"topology.heads_per_node={count}", f"train.batch_size={IMAGES_PER_STEP // count}")
+
+
+def _one(method: str) -> Row:
+    return Row((f"method={method}", *_heads(1)), seeds=3)
+
+
+ROWS: dict[str, Row] = {
+    "full": _one("full"),
+    "lte": Row(("method=lte", *_heads(8)), seeds=3),
+    "diloco": Row(("method=diloco", *_heads(8), "merge.outer_lr=0.7", "merge.outer_momentum=0.9"), seeds=3),
+    "relora": _one("relora"),
+    "lora": _one("lora"),
+    "lte T=40": Row(("method=lte", *_heads(8), "merge.every=40"), tuned=False),
+    "lte T=40, local merges every 10": Row(
+        ("method=lte", *_heads(8), "merge.every=40", "merge.local_every=10"), tuned=False
+    ),
+    **{f"lte rank={r}": Row(("method=lte", *_heads(8), f"adapters.rank={r}"), tuned=False) for r in (4, 64)},
+    **{f"lte heads={h}": Row(("method=lte", *_heads(h)), tuned=False) for h in (1, 4, 32)},
+}
+
+
+class Bench:
+    """The runs there are, and the next one to make."""
+
+    def __init__(self, data: Path, duration: str) -> None:
+        self.data, self.duration = data, duration
+        self.runs: list[Run] = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
+
+    def top1(self, name: str, rate: float, seed: int = 0) -> float | None:
+        """The final accuracy of a run, if it has been made."""
+        wanted = list(ROWS[name].command(rate, seed, self.duration))
+        return next((run["curve"][-1]["top1"] for run in self.runs if run["overrides"] == wanted), None)
+
+    def missing(self, name: str) -> tuple[float, int] | None:
+        """Learning rate and seed of the next run of a row: first those that bracket the best rate, then seeds."""
+        row, rate = ROWS[name], START
+        if not row.tuned:  # a variation of LTE, at LTE's rate
+            found = self.best_rate("lte")
+            return None if found is None or self.top1(name, found) is not None else (found, 0)
+        for factor in (2.0, 0.5):
+            while True:
+                here, there = self.top1(name, rate), self.top1(name, rate * factor)
+                if here is None:
+                    return rate, 0
+                if there is None:
+                    return rate * factor, 0
+                if there <= here:
+                    break
+                rate *= factor
+        return next(((rate, seed) for seed in range(1, row.seeds) if self.top1(name, rate, seed) is None), None)
+
+    def best_rate(self, name: str) -> float | None:
+        """The tuned rate, once it is."""
+        rates = [START * 2.0**k for k in range(-8, 9)]
+        tried = {rate: top1 for rate in rates if (top1 := self.top1(name, rate)) is not None}
+        missing = self.missing(name) if ROWS[name].tuned else None
+        return None if not tried or (missing and missing[1] == 0) else max(tried, key=tried.__getitem__)
+
+    def make(self, name: str, rate: float, seed: int) -> None:
+        overrides = ROWS[name].command(rate, seed, self.duration)
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as directory:
+            command = [sys.executable, "-m", "lte_scale", "train", "configs/vit_fashion.yaml", *overrides]
+            command += [f"run_dir={directory}/run", f"data.train={self.data}/train", f"data.val={self.data}/val"]
+            subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+            records = [
+                json.loads(line) for line in (Path(directory) / "run" / "metrics.jsonl").read_text().splitlines()
+            ]
+        curve = [{"images": r["images"], "top1": r["eval_top1"]} for r in records if "eval_top1" in r]
+        commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], text=True, cwd=ROOT).strip()
+        run: Run = {
+            "row": name,
+            "rate": rate,
+            "seed": seed,
+            "duration": self.duration,
+            "overrides": overrides,
+            "curve": curve,
+            "seconds": round(time.monotonic() - began, 1),
+            "date": datetime.date.today().isoformat(),
+            "commit": commit,
+            "hardware": hardware(),
+            "torch": torch.__version__,
+            "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+        }
+        self.runs.append(json.loads(json.dumps(run)))
+        RESULTS.write_text(json.dumps({"runs": self.runs}, indent=1) + "\n")
+        print(f"{name} rate={rate:g} seed={seed}: {curve[-1]['top1']:.2%}", flush=True)
+
+
+def shards(directory: Path) -> Path:
+    """Fashion-MNIST as shards, converted once."""
+    if not (directory / "val").exists():
+        subprocess.run([sys.executable, "-m", "lte_scale", "shards", str(SOURCE), str(directory)], check=True, cwd=ROOT)
+    return directory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; all if there is none")
+    parser.add_argument("--duration", default="120", help="of every run, as train.duration")
+    parser.add_argument("--hours", type=float, default=24.0, help="start no run after so long")
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / "fashion")
+    arguments = parser.parse_args()
+    if unknown := [row for row in arguments.rows if row not in ROWS]:
+        parser.error(f"no row {unknown[0]!r}; there are {', '.join(ROWS)}")
+    ends = time.monotonic() + 3600 * arguments.hours
+    bench = Bench(shards(arguments.data), arguments.duration)
+    for name in arguments.rows or ROWS:
+        while (missing := bench.missing(name)) and time.monotonic() < ends:
+            bench.make(name, *missing)
+    write_page(ROOT / "docs" / "quality.md", bench.runs, list(ROWS))
+
+
+if __name__ == "__main__":
+    main()
