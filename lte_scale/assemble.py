@@ -79,15 +79,13 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.bf16)
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
     engine: Engine
-    if not heads.linears:  # every layer is dense: there is no base to shard
-        engine = SingleEngine(model, heads, device)
+    if config.engine.name == "none" or not heads.linears:  # without a base there is nothing to shard
+        engine = SingleEngine(model, heads, device, dtype)
     elif config.engine.name == "fsdp":
         engine = FSDPEngine(model, heads, blocks, collectives, config.base, device=device, compute_dtype=dtype)
-    elif config.engine.name == "deepspeed":
+    else:
         json = settings(config, collectives.topology)
         engine = DeepSpeedEngine(model, heads, collectives, config.base, json, device=device, compute_dtype=dtype)
-    else:
-        engine = SingleEngine(model, heads, device, dtype)
     fill_base(engine, heads, rank=collectives.topology.rank, seed=config.seed)
     merger = Merger(heads, engine, collectives, arrangement)
     lr_of_a = None
