@@ -9,7 +9,8 @@ tuned on seed 0, the same way for all: doubled or halved from the same start unt
 side; at the best one further seeds are run. LTE's rate is the dense equivalent one (docs/recipes.md); alpha is not
 tuned.
 
-A run that is in benchmarks/results/quality.json is not repeated. Every run is added when it ends, with docs/quality.md.
+A run that is in benchmarks/results/quality.json is not repeated; every run is added when it ends. docs/quality.md is
+written at the end (`--hours 0`: that alone).
 """
 
 from __future__ import annotations
