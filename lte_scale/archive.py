@@ -24,12 +24,16 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "TIFF")
+"""What is decoded, whatever the extension says: of all that PIL knows, EPS would start another program."""
 BACKOFF_SECONDS = (0.5, 2.0)
 _STALL_SECONDS = 30.0
 _BLOCK_BYTES = 1 << 18
 _META = re.compile(r"__[^/]*__($|/)")
 _MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 _SHARD_NAME = re.compile(r"[^\s/'\"]+\.tar(\.\w+)?")
+_MOST_BYTES = 1 << 30
+"""Of one file of a sample: more is no image, but a header that lies, or holes that unpack to nothing but zeros."""
 
 
 def is_remote(url: str) -> bool:
@@ -51,9 +55,18 @@ def beside(url: str, name: str) -> str:
 
 
 def members(tar: tarfile.TarFile) -> Iterator[tuple[int, str, str, tarfile.TarInfo]]:
-    """Sample number, key, extension and header of every file that belongs to a sample."""
-    number, previous = -1, ""
+    """Sample number, key, extension and header of every file that belongs to a sample. Links are none.
+
+    Raises:
+        tarfile.ReadError: where a header leads back in the archive (it would be read for ever) or to too much.
+    """
+    number, previous, end = -1, "", -1
     for member in tar:
+        if not end < member.offset_data or member.size < 0:
+            raise tarfile.ReadError("a header leads back in the archive")
+        end = member.offset_data
+        if member.size > _MOST_BYTES or member.issparse():
+            raise tarfile.ReadError(f"a file of {member.size} bytes, or one with holes, is no part of a sample")
         match = _MEMBER.fullmatch(member.name)
         if match is None or not member.isfile() or _META.match(member.name):
             continue

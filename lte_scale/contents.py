@@ -137,9 +137,12 @@ def load_history(
     prefix = f"history/{pieces.merger.topology.rank}/"
     names = sorted(n for n in metadata.state_dict_metadata if n.startswith(prefix)) if same_place else []
     found: Tensors = {}
+    bytes_there = sum(file.stat().st_size for file in path.glob("*.distcp"))
     for name in names:
         stored = metadata.state_dict_metadata[name]
         assert isinstance(stored, TensorStorageMetadata)
+        if stored.size.numel() > bytes_there:  # before a size that somebody wrote there takes the memory
+            raise ValueError(f"{path}: is damaged ({name} has more values than there are); name another checkpoint")
         found[name] = torch.empty(stored.size)
     read_tensors(found, path, group=group, alone=group is None)
     device = next(iter(pieces.heads.parameters().values())).device
@@ -157,9 +160,16 @@ def read_state(path: Path) -> dict[str, Any]:
     file = path / "train_state.json"
     try:
         state = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); name another checkpoint") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT or not all(key in state for key in ABOUT):
+    numbers = ("step", "heads", "position")
+    if (
+        not isinstance(state, dict)
+        or state.get("format") != FORMAT
+        or not all(key in state for key in ABOUT)
+        or not all(type(state.get(key)) is int and 0 <= state[key] < 2**53 for key in numbers)
+        or not isinstance(state["top1"], int | float | None)
+    ):
         raise ValueError(f"{file}: is no state of a checkpoint of format {FORMAT}; name another checkpoint")
     return state
 

@@ -10,10 +10,11 @@ Exact epochs, equal step counts and resuming all rest on these counts.
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import logging
-import tarfile
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -28,6 +29,8 @@ log = logging.getLogger("lte_scale")
 
 FORMAT = 1
 INDEX_NAMES = ("index.json", "_info.json")
+_MOST_SHARDS, _MOST_SAMPLES = 1_000_000, 100_000_000
+"""In a pattern, and in one shard: beyond, a slip of the keyboard or a damaged index would fill the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +89,8 @@ def open_index(location: str, *, allow_pipe: bool = False) -> ShardIndex:
     """
     if not location:
         raise ValueError("no shards are named: set data.train to a directory, a pattern or a URL of shards")
-    try:
-        urls = list(braceexpand(location))
-    except ValueError as error:
-        raise ValueError(f"{location}: unbalanced braces; write a range as {{00000..00009}}.tar") from error
-    if not allow_pipe and (pipe := next((url for url in urls if url.startswith("pipe:")), None)):
-        raise ValueError(f"{pipe}: a pipe runs a shell command; set data.allow_pipe=true to accept it")
+    urls = _expanded(location)
+    _refuse_pipes(urls, allow_pipe)
     listings: dict[str, _Listing] = {}
     shards: list[Shard] = []
     for url in urls:
@@ -106,10 +105,31 @@ def open_index(location: str, *, allow_pipe: bool = False) -> ShardIndex:
     classes = {listing.classes for listing in listings.values() if listing.classes}
     if len(classes) > 1:
         raise ValueError(f"{location}: its directories do not have the same classes; name one data set")
+    _refuse_pipes((shard.url for shard in shards), allow_pipe)  # an index may name some, too
     index = ShardIndex(location, tuple(shards), next(iter(classes), ()))
     if not index.samples:
         raise ValueError(f"{location}: holds no samples; write shards with `lte-scale shards SOURCE OUT`")
     return index
+
+
+def _expanded(location: str) -> list[str]:
+    """What a pattern with braces stands for."""
+    shards = 1  # braceexpand makes the whole of a range at once
+    for content in re.findall(r"\{([^{}]*)\}", location):
+        ends = re.match(r"(-?\d{1,18})\.\.(-?\d{1,18})", content)
+        shards *= abs(int(ends[2]) - int(ends[1])) + 1 if ends else content.count(",") + 1
+    try:
+        urls = list(itertools.islice(braceexpand(location), _MOST_SHARDS + 1)) if shards <= _MOST_SHARDS else []
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{location}: unbalanced braces; write a range as {{00000..00009}}.tar") from error
+    if not urls or len(urls) > _MOST_SHARDS:
+        raise ValueError(f"{location}: stands for more than {_MOST_SHARDS} shards; write a shorter range")
+    return urls
+
+
+def _refuse_pipes(urls: Iterable[str], allowed: bool) -> None:
+    if not allowed and (pipe := next((url for url in urls if url.startswith("pipe:")), None)):
+        raise ValueError(f"{pipe}: a pipe runs a shell command; set data.allow_pipe=true to accept it")
 
 
 def count_samples(path: str) -> int:
@@ -119,7 +139,7 @@ def count_samples(path: str) -> int:
         with open_tar(path) as tar:
             for number, *_ in members(tar):
                 count = number + 1
-    except (OSError, tarfile.TarError) as error:
+    except Exception as error:  # tarfile raises anything on damaged bytes
         log.warning("%s is damaged after %d samples: %s", path, count, error)
     return count
 
@@ -199,14 +219,32 @@ def _parse(content: bytes, url: str, where: str) -> _Listing:
         found, classes = _own(data) if "format" in data else (_timm(data), ())
         shards: dict[str, Shard] = {}
         for name, samples, size, sha256 in found:
-            place = name if is_remote(name) or name.startswith("/") else name.join(where.rsplit("index.json", 1))
             if not shard_name(name) or shard_name(name) in shards:
                 raise ValueError(f"shard {name!r} is named twice or is no .tar")
-            shards[shard_name(name)] = Shard(place, int(samples), int(size), str(sha256))
+            shards[shard_name(name)] = Shard(
+                _place(name, where), _count(samples, _MOST_SAMPLES), _count(size, 1 << 50), str(sha256)
+            )
+        if not isinstance(classes, list | tuple):
+            raise ValueError("its classes are no list")
         return _Listing(shards, tuple(map(str, classes)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}".replace("\n", " ")
         raise ValueError(f"{url}: is no index of shards ({reason}); rewrite it with `lte-scale shards`") from error
+
+
+def _place(name: str, where: str) -> str:
+    """Where the shard is that the index at `where` names. An index from afar names nothing on this machine."""
+    if is_remote(name) or (name.startswith("/") and not is_remote(where)):
+        return name
+    if name.startswith("/") or ".." in name.split("/") or not name.isprintable():
+        raise ValueError(f"shard {name!r} is not beside the index")
+    return name.join(where.rsplit("index.json", 1))
+
+
+def _count(value: Any, most: int) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{str(value)[:30]} is no whole number from 0 to {most}")
+    return value
 
 
 def _own(data: dict[str, Any]) -> tuple[list[tuple[str, int, int, str]], Sequence[str]]:

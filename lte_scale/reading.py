@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lte_scale.archive import BACKOFF_SECONDS, IMAGE_EXTENSIONS, cached, is_remote, read_samples
+from lte_scale.archive import BACKOFF_SECONDS, IMAGE_EXTENSIONS, IMAGE_FORMATS, cached, is_remote, read_samples
 from lte_scale.damage import Damage, DamagedSample
 from lte_scale.index import Shard, ShardIndex
 from lte_scale.order import Segment, epoch_order, epoch_segments, part
@@ -44,14 +44,14 @@ def decode(sample: Sample, channels: int, num_classes: int) -> tuple[Image.Image
     if "cls" not in sample.files:
         raise DamagedSample(f"{sample.name}: has no .cls")
     text = sample.files["cls"].decode("ascii", "replace").strip()
-    if not text.isdecimal() or (num_classes and int(text) >= num_classes):
+    if not text.isdecimal() or len(text) > 9 or (num_classes and int(text) >= num_classes):
         allowed = f"one of 0 ... {num_classes - 1}" if num_classes else "a class number"
         raise DamagedSample(f"{sample.name}.cls: label {text[:20]!r} is not {allowed}")
     extension = next((e for e in IMAGE_EXTENSIONS if e in sample.files), None)
     if extension is None:
         raise DamagedSample(f"{sample.name}: has no image")
     try:
-        with Image.open(io.BytesIO(sample.files[extension])) as image:
+        with Image.open(io.BytesIO(sample.files[extension]), formats=IMAGE_FORMATS) as image:
             return image.convert("L" if channels == 1 else "RGB"), int(text)
     except Exception as error:
         # Decoders raise anything on damaged bytes (OSError, SyntaxError, ValueError, struct.error, zlib.error, ...).
@@ -133,7 +133,7 @@ def shard_samples(
                 url = cached(url, cache_dir, size=shard.bytes, sha256=shard.sha256)
             for number, key, files in read_samples(url, left):
                 read += 1
-                yield number, f"{shard.url}/{key}", files, None
+                yield number, f"{shard.url}/{_printable(key)}", files, None
             reason = "too few samples"
         except Exception as error:
             # tarfile and the transports raise anything on damaged bytes; a shard must never stop the run.
@@ -151,7 +151,12 @@ def shard_samples(
         yield number, f"{shard.url}/sample {number}", {}, damage
 
 
+def _printable(key: str) -> str:
+    """A name from an archive, as the log may show it: no line feed, nothing that a terminal would obey."""
+    return key if key.isprintable() else ascii(key)[1:-1]
+
+
 def _line(error: BaseException) -> str:
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     # PIL names the buffer an image is decoded from.
-    return re.sub(r" <_io\.BytesIO[^>]*>", "", text.splitlines()[0])
+    return _printable(re.sub(r" <_io\.BytesIO[^>]*>", "", text.splitlines()[0]))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 from lte_scale.config.schema import Config
 from lte_scale.schedules import lr_at, rewarmed, to_steps
@@ -35,6 +38,22 @@ class TrainState:
     skipped_here: int = 0
     bad_here: int = 0
     bad_shards_here: int = 0
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], where: Path) -> TrainState:
+        """The state that a checkpoint's JSON holds.
+
+        Raises:
+            ValueError: if a key is unknown or its value is of another kind.
+        """
+        kinds = {field.name: type(getattr(cls(), field.name)) for field in fields(cls)}
+        for key, value in values.items():
+            kind = kinds.get(key)
+            numbers = value.values() if isinstance(value, dict) else [value]
+            right = isinstance(value, dict) == (kind is dict) and all(type(n) in (int, float) for n in numbers)
+            if kind is None or not right or (kind is int and type(value) is not int):
+                raise ValueError(f"{where}: its state has {key} = {str(value)[:40]}; name another checkpoint")
+        return cls(**values)
 
     def resumed(self, *, first: bool) -> None:
         """After loading: the counts so far go on with the first rank."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +12,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 _ENTRIES = {
-    "BytesStorageMetadata",
     "ChunkStorageMetadata",
     "Metadata",
     "MetadataIndex",
@@ -27,6 +33,7 @@ _ENTRIES = {
     "_StorageInfo",
     "_MEM_FORMAT_ENCODING",
 }
+_FILE = re.compile(r"__\d+_\d+\.distcp")
 _NAMES = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
@@ -35,8 +42,11 @@ _NAMES = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """torch pickles the table: allow the classes of its entries and nothing that runs."""
+class _Unpickler(pickle._Unpickler):
+    """torch pickles the table: allow the classes of its entries and nothing that runs.
+
+    It is the one written in Python because the one in C takes as much memory as a number in the file says.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         entry = module in _MODULES and name in _ENTRIES  # whole names: one with dots would walk to anything
@@ -63,10 +73,30 @@ class _Reader(FileSystemReader):
                 metadata = _Unpickler(file).load()
         except Exception as error:  # a damaged pickle raises anything
             raise ValueError(f"{path}: cannot be read ({error})".splitlines()[0]) from error
-        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_meta, StorageMeta):
+        if not isinstance(metadata, Metadata) or not _is_table(metadata):
             raise ValueError(f"{path}: cannot be read (it is no table of tensors)")
+        assert metadata.storage_meta is not None
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def _is_table(metadata: Metadata) -> bool:
+    """Whether all entries are tensors, in files of this directory.
+
+    Entries of another kind are refused here because torch reads them as pickles, which run code.
+    """
+    try:
+        tensors = all(
+            isinstance(name, str) and isinstance(entry, TensorStorageMetadata) and entry.size.numel() >= 0
+            for name, entry in metadata.state_dict_metadata.items()
+        )
+        files = all(
+            isinstance(index, MetadataIndex) and isinstance(info, _StorageInfo) and _FILE.fullmatch(info.relative_path)
+            for index, info in metadata.storage_data.items()
+        )
+        return tensors and files and isinstance(metadata.storage_meta, StorageMeta)
+    except (AttributeError, TypeError):  # what the classes hold may be anything
+        return False
 
 
 def read_metadata(path: Path) -> Metadata:

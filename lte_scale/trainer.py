@@ -273,7 +273,7 @@ class Trainer:
         found = self.checkpoints.find(self.config.resume)
         if found is not None:
             pieces = self.pieces()
-            self.state = TrainState(**self.checkpoints.load(found, pieces))
+            self.state = TrainState.read(self.checkpoints.load(found, pieces), found)
             self.position = pieces.positions[self.heads.ids[0]]
             self.state.resumed(first=self.topology.rank == 0)
             log.info("resumed from %s at step %d of %d", found, self.state.step, self.schedule.total)
