@@ -81,6 +81,7 @@ class Checkpoints:
     """Saves and loads the checkpoints of a run, at most one save in flight. Every method is collective, but `poll`.
 
     Attributes:
+        failed: why the last save that has ended could not be written, the same on every rank; empty where it was.
         ended: called on every rank with the step of a save that has ended, and its seconds (None if it failed).
     """
 
@@ -96,10 +97,8 @@ class Checkpoints:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
         self._step, self._began = 0, 0.0
+        self.failed = ""
         self.ended: Callable[[int, float | None], None] = lambda step, seconds: None
-        if self.first:
-            for stale in (run_dir / "checkpoints").glob(".tmp-*"):
-                shutil.rmtree(stale, ignore_errors=True)
 
     def save(
         self,
@@ -132,15 +131,9 @@ class Checkpoints:
         try:
             dcp_save(tensors, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None)
             sums = "".join(self._of_all_ranks(self._sums_of_mine(temporary)))
-            if self.first:
-                check_all_there(temporary, sums)
-                _write_synced(temporary / "train_state.json", json.dumps(state, indent=2) + "\n")
-                _write_synced(temporary / "config.yaml", config_text)
-                others = (".metadata", "train_state.json", "config.yaml")
-                sums += checksums.listed(checksums.digests(temporary, others))
-                _write_synced(temporary / checksums.LIST, sums)
-                self._supersede(path)
-                os.rename(temporary, path)
+            failure = self._complete(temporary, path, sums, state, config_text) if self.first else ""
+            if failure := "".join(self._of_all_ranks(failure)):
+                raise OSError(failure)
         except BaseException as error:  # DCP's CheckpointException is no Exception
             if self.first:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -148,6 +141,28 @@ class Checkpoints:
         if self.first:
             log.info("saved checkpoint %s in %.1f s", path.name, time.monotonic() - began)
             self._retain()
+
+    def _complete(self, temporary: Path, path: Path, sums: str, state: Mapping[str, Any], config_text: str) -> str:
+        """Write what is there once, and give the checkpoint its name. Returns why that failed, for all ranks to see."""
+        try:
+            check_all_there(temporary, sums)
+            _write_synced(temporary / "train_state.json", json.dumps(state, indent=2) + "\n")
+            _write_synced(temporary / "config.yaml", config_text)
+            others = (".metadata", "train_state.json", "config.yaml")
+            sums += checksums.listed(checksums.digests(temporary, others))
+            _write_synced(temporary / checksums.LIST, sums)
+            self._supersede(path)
+            os.rename(temporary, path)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return ""
+
+    def remove_unfinished(self) -> None:
+        """Delete what earlier starts were writing when they ended. Not for a start that may still be refused: the run
+        may be alive."""
+        if self.first:
+            for stale in (self.run_dir / "checkpoints").glob(".tmp-*"):
+                shutil.rmtree(stale, ignore_errors=True)
 
     def _sums_of_mine(self, folder: Path) -> str:
         """Lines of the list for the files this rank has written; none, which shows, where they cannot be read."""
@@ -196,8 +211,9 @@ class Checkpoints:
         seconds: float | None = time.monotonic() - self._began
         try:
             self._saving.result()
+            self.failed = ""
         except RuntimeError as error:
-            seconds = None
+            seconds, self.failed = None, str(error)
             if self.first:
                 log.warning("%s; training goes on, earlier checkpoints are untouched", error)
         self._saving = None

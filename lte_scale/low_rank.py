@@ -58,7 +58,9 @@ def low_rank_linear(
         factors = [None if factor is None else factor[0] for factor in factors]
     x_HMI = x.reshape(-1, into) if heads == 1 else x.reshape(heads, -1, into)
     y_HMO: Tensor = _LowRankLinear.apply(x_HMI, weight_OI, *factors, formed)
-    return y_HMO.view(*x.shape[:-1], -1)
+    # Not a view for autograd: models write in place on a layer's output, FSDP warns where one leaves the model.
+    y: Tensor = torch.ops.aten._unsafe_view(y_HMO, [*x.shape[:-1], len(weight_OI)])
+    return y
 
 
 class _LowRankLinear(torch.autograd.Function):

@@ -32,6 +32,10 @@ from lte_scale.schedules import due, passed
 from lte_scale.state import Schedule, TrainState
 from lte_scale.watchdog import Watchdog
 
+NOT_SAVED = 3
+"""Exit code of a run whose last checkpoint could not be written."""
+_LAST_SAVE_PAUSES_SECONDS = (2.0, 10.0)
+
 
 class TrainingError(RuntimeError):
     """The run cannot go on; what there was is saved."""
@@ -86,7 +90,7 @@ class Trainer:
         self.preemption.close()
 
     def run(self) -> int:
-        """Train to the end, or until a signal. Returns the exit code: 0, or 128 + the signal."""
+        """Train to the end, or until a signal. Returns the exit code: 0, NOT_SAVED, or 128 + the signal."""
         state, schedule, cadence = self.state, self.schedule, self.merger.cadence
         batches = self.stream.iterate(self.position)
         self.profiler.stepped(state.step)
@@ -107,14 +111,15 @@ class Trainer:
             at_rest = not cadence.under_way(state.step)
             saved = last or (at_rest and passed(state.step, schedule.checkpoint, state.saved_step))
             if saved:
-                self.save(top1=results["eval_top1"] if results else None, wait=last)
+                top1 = results["eval_top1"] if results else None
+                self.save_last(top1) if last else self.save(top1=top1, wait=False)
             self.checkpoints.poll()
             self.stepped()
             # Last: groups that decide must not keep others waiting in a record or a save.
             if self.preemption.should_stop(state.step):
                 return self.stop(everywhere, recorded=recorded, saved=saved)
         self.recorder.summarise(state)
-        return 0
+        return NOT_SAVED if self.checkpoints.failed else 0
 
     def stepped(self) -> None:
         """Let those know that watch over the steps."""
@@ -127,13 +132,15 @@ class Trainer:
         if not recorded:
             self.record(everywhere, None)
         if not saved:
-            self.save(top1=None, wait=True)
+            self.save_last(top1=None)
         with self.saving():
             self.checkpoints.finish()
         self.recorder.summarise(self.state)
         if self.preemption.reason:
-            raise TrainingError(f"{self.preemption.reason}; saved at step {self.state.step}")
-        log.info("stopped after step %d; the same command resumes", self.state.step)
+            where = "not saved" if self.checkpoints.failed else f"saved at step {self.state.step}"
+            raise TrainingError(f"{self.preemption.reason}; {where}")
+        before = ", from an earlier step" if self.checkpoints.failed else ""
+        log.info("stopped after step %d; the same command resumes%s", self.state.step, before)
         return 128 + (self.preemption.received or signal.SIGTERM)
 
     def train_step(self, batches: Iterator[Batch]) -> None:
@@ -268,6 +275,17 @@ class Trainer:
                 meanwhile=lambda: self.preemption.waiting(self.state.step),
             )
 
+    def save_last(self, top1: float | None) -> None:
+        """Save where no later save can make up for this one: tried again after a while, for the disk may be cleared."""
+        self.save(top1=top1, wait=True)
+        for pause in _LAST_SAVE_PAUSES_SECONDS:
+            if not self.checkpoints.failed:
+                return
+            time.sleep(pause)
+            self.save(top1=top1, wait=True)
+        if self.checkpoints.failed and self.topology.rank == 0:
+            log.error("%s: what was trained since the checkpoint before is not saved", self.checkpoints.failed)
+
     def resume(self) -> None:
         """Load the checkpoint that `resume` names, if there is one."""
         found = self.checkpoints.find(self.config.resume)
@@ -280,3 +298,4 @@ class Trainer:
             for change in differences(load_config(found / "config.yaml"), self.config):
                 log.info("changed since that checkpoint: %s", change)
         self.recorder.resume(self.state)
+        self.checkpoints.remove_unfinished()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,12 @@ from typing import Any
 
 import pytest
 
+from lte_scale import trainer
+from lte_scale.cli import main
 from lte_scale.run_dir import check_writable, resolve, whole_checkpoints
 from tests.saver import Run, equal, file_size_limit, files, names
+
+ROOT = Path(__file__).parent.parent
 
 
 @contextmanager
@@ -32,7 +37,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("needs root, to mount a disk")
     yield disk
-    subprocess.run(["umount", disk], check=True)
+    subprocess.run(["umount", "--lazy", disk], check=True)  # a run of this process keeps its log open
 
 
 def failed_save_is_told_and_harms_nothing(
@@ -135,3 +140,46 @@ def test_one_that_cannot_be_deleted_does_not_fail_the_save(tmp_path: Path, caplo
     assert "step_00000001 is one too many and could not be deleted" in caplog.text
     assert "could not be written" not in caplog.text
     assert names(tmp_path) == ["step_00000001", "step_00000002"]
+
+
+@pytest.fixture
+def short(small_disk: Path, tmp_path: Path) -> list[str]:
+    """The command of a run of one merge, all of its run directory on the small disk."""
+    assert main(["shards", "digits", str(tmp_path / "data")]) == 0
+    words = ["train", str(ROOT / "configs" / "demo.yaml"), f"data.train={tmp_path / 'data' / 'train'}", "data.val="]
+    return [*words, f"run_dir={small_disk / 'run'}", "train.duration=20", "metrics={port: 0}"]
+
+
+def test_a_last_save_without_room_ends_in_an_error(
+    short: list[str], small_disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trainer, "_LAST_SAVE_PAUSES_SECONDS", (0.1, 0.1))
+    with filled_up(small_disk):
+        assert main(short) == trainer.NOT_SAVED
+    assert caplog.text.count("could not be written") >= 3
+    assert "what was trained since the checkpoint before is not saved" in caplog.text
+    assert names(small_disk / "run") == []
+    assert main(short) == 0
+    assert names(small_disk / "run") == ["step_00000020"]
+
+
+def test_a_last_save_waits_for_room(
+    short: list[str], small_disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trainer, "_LAST_SAVE_PAUSES_SECONDS", (0.1, 5.0))
+    with filled_up(small_disk):
+        cleared = threading.Event()
+
+        def clear() -> None:
+            while not cleared.wait(0.02):
+                if caplog.text.count("could not be written") >= 2:
+                    (small_disk / "ballast").write_bytes(b"")
+                    return
+
+        clearing = threading.Thread(target=clear)
+        clearing.start()
+        code = main(short)
+        cleared.set()
+        clearing.join()
+    assert code == 0
+    assert names(small_disk / "run") == ["step_00000020"]
