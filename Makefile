@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv demo test test-slow test-deepspeed test-slurm test-docker test-observability bench-engines bench-metrics bench-merge bench-quality bench-speed lint format docs dashboards clean
+.PHONY: help venv demo test test-slow test-deepspeed test-faults test-slurm test-docker test-observability bench-engines bench-metrics bench-merge bench-quality bench-speed lint format docs dashboards clean
 
 help:
 	@echo "make demo       train LTE on real images on this machine, to a picture"
 	@echo "make test       run the tests"
 	@echo "make test-slow  emulated networks with throttled links (root), long runs"
 	@echo "make test-deepspeed  DeepSpeed's launcher over ssh between emulated nodes, its compiled optimizers (root)"
+	@echo "make test-faults  parts of runs killed at random moments (KILLS=3 of each shape, SEED=0)"
 	@echo "make test-slurm  the job scripts on a real Slurm of emulated nodes (root)"
 	@echo "make test-docker  docker/Dockerfile.cpu followed in a clean Debian, and a training in it (root, no engine)"
 	@echo "make test-observability  a real Prometheus on an emulated run, the report in a browser (root, apt)"
@@ -34,15 +35,18 @@ demo: venv
 	$(BIN)/python launchers/demo.py
 
 test: venv
-	$(BIN)/python -m pytest -m "not slow and not deepspeed and not slurm and not observability"
+	$(BIN)/python -m pytest -m "not slow and not deepspeed and not slurm and not observability and not faults"
 
 test-slow: venv
-	$(BIN)/python -m pytest -m "slow and not deepspeed and not slurm" --timeout 900
+	$(BIN)/python -m pytest -m "slow and not deepspeed and not slurm and not faults" --timeout 900
 
 test-deepspeed: venv
 	(for tool in pdsh sshd ssh ip pkill; do command -v $$tool >/dev/null || exit 1; done) || \
 	    { apt-get -qq update && apt-get -qq install -y openssh-server openssh-client pdsh iproute2 procps; } </dev/null
 	$(BIN)/python -m pytest -m deepspeed --timeout 600
+
+test-faults: venv
+	$(BIN)/python -m pytest -m faults --timeout 3600 -s
 
 test-slurm: venv
 	(export PATH=$$PATH:/usr/sbin; for tool in munged slurmctld slurmd sbatch ip tc; do command -v $$tool >/dev/null || exit 1; done) || \

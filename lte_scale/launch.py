@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
+import signal
 import socket
 import sys
 from contextlib import ExitStack
@@ -29,6 +31,7 @@ from lte_scale.topology import Topology, from_environment
 from lte_scale.trainer import Trainer, TrainingError
 
 REFUSED, FAILED = 2, 3
+_PR_SET_PDEATHSIG = 1
 _REFUSAL = "lte/refusal"
 
 
@@ -49,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.print_config:
             print(dump(config), end="")
             return 0
+        _end_with_agent()
         topology = from_environment(config.topology.heads_per_node)
         check_training(config)
         check_topology(config, topology.nodes, topology.ranks_per_node)
@@ -63,6 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
     if topology.rank == 0:
         check_writable(Path(config.run_dir))
     return train(config, topology, device)
+
+
+def _end_with_agent() -> None:
+    """Have the kernel kill this rank when torchrun's agent is killed: it would train on, or wait for others, unseen."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def train(config: Config, topology: Topology, device: torch.device) -> int:
