@@ -70,7 +70,7 @@ class BaseWeight(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None, *factors: Tensor | None) -> Tensor:
         """`W x + b`; or with `factors` (A, B, A', B') `low_rank_linear`, b [H, O]."""
         if not factors:
-            return F.linear(x, self.weight, bias)
+            return F.linear(x, self.weight.to(compute_dtype(x)), bias)
         A, B, *previous = factors
         return low_rank_linear(x, self.weight.to(x.dtype), cast(Tensor, A), cast(Tensor, B), bias, *previous)
 
