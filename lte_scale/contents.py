@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from lte_scale.divergence import Divergence
 from lte_scale.flat import FlatPart
 from lte_scale.merge import Merger
 from lte_scale.model import Heads
@@ -29,12 +30,18 @@ ABOUT = ("top1", "topology", "format", "heads", "position")
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a checkpoint holds besides the trainer's state. `positions`: the data position of each head."""
+    """What a checkpoint holds besides the trainer's state.
+
+    Attributes:
+        positions: the data position of each head.
+        divergence: the losses that heads are judged by; none where nobody judges them.
+    """
 
     heads: Heads
     merger: Merger
     optimizer: HeadOptimizer
     positions: dict[int, int]
+    divergence: Divergence | None = None
 
 
 def tensors_of(pieces: Pieces, shards: Mapping[str, Tensor], *, loading: bool = False) -> Tensors:
@@ -64,6 +71,10 @@ def tensors_of(pieces: Pieces, shards: Mapping[str, Tensor], *, loading: bool = 
         found |= {f"replica_{kind}/{name}": value for name, value in values.items()}
     for index, head in enumerate(heads.ids):
         found |= {f"head/{head}/{name}": value for name, value in _of_head(pieces, index, head).items()}
+        if (losses := pieces.divergence) is not None:  # a rank that shares a head has losses of its own
+            key = f"loss/{head}/{merger.topology.head_member}"
+            found |= {f"{key}/recent": losses.recent[index], f"{key}/merged": losses.merged[index]}
+            found[f"{key}/strikes"] = losses.strikes[index]
     if not loading:
         for number, (_, packed) in enumerate(merger.history.items()):
             found |= {f"history/{rank}/{number:04d}/{i:04d}": tensor for i, tensor in enumerate(packed)}
@@ -90,7 +101,7 @@ def _of_head(pieces: Pieces, index: int, head: int) -> dict[str, Tensor]:
 def carries_over(name: str, *, same_place: bool, same_heads: bool) -> bool:
     """Whether the tensor of this key means the same where nodes, ranks or heads are others."""
     kind = name.partition("/")[0]
-    return same_place if kind in ("node", "unsent") else same_heads if kind in ("head", "product") else True
+    return same_place if kind in ("node", "unsent") else same_heads if kind in ("head", "product", "loss") else True
 
 
 def unsent_that_is_lost(metadata: Metadata, chosen: Tensors) -> set[str]:

@@ -141,6 +141,11 @@ class Merger:
             self.collectives.absorb(self.link)
         self.clock.lap()
 
+    def withdraw(self, index: int, step: int) -> None:
+        """Before the merge after `step`: the head at `index` starts again from the base, its change is none."""
+        self.heads.start_again(index, seed_of("withdrawn", self.arrangement.config.seed, step))
+        self.replicas.start_again(index)
+
     def _merge_locally(self, bucket: Bucket, shards: Shards, *, sent: bool = False) -> Tensor:
         """Returns this rank's part of the factors that the base has now. `sent`: and that will cross the link."""
         packed = self.exchange.pack(bucket.names)

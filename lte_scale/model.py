@@ -83,6 +83,18 @@ class Heads:
                 layer.A_prev.copy_(layer.A)
                 layer.B_prev.copy_(layer.B)
 
+    @torch.no_grad()
+    def start_again(self, index: int, seed: int) -> None:
+        """The head at `index` adds nothing to the base: A is drawn anew and B zero; resetless, both as last merged."""
+        for name, layer in self.linears.items():
+            if layer.A_prev is not None and layer.B_prev is not None:
+                layer.A[index].copy_(layer.A_prev[index])
+                layer.B[index].copy_(layer.B_prev[index])
+            else:
+                rank, into = layer.A.shape[1:]
+                layer.A[index].copy_(orthogonal_factor(name, rank, into, self.ids[index], seed=seed))
+                layer.B[index].zero_()
+
 
 def build(config: ModelConfig, num_classes: int, *, seed: int) -> nn.Module:
     """The timm model, its linear and convolution weights on the meta device, all else as timm draws it.

@@ -159,6 +159,13 @@ class HeadOptimizer:
         return {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
 
     @torch.no_grad()
+    def start_again(self, index: int) -> None:
+        """The head at `index` has been withdrawn. Its second moments stay: without them its first steps were larger."""
+        for parameter in self.parameters.values():
+            self.moments(parameter)["exp_avg"].view(len(self.heads.ids), -1)[index].zero_()
+        self.skipped_in_a_row[index] = 0
+
+    @torch.no_grad()
     def restart(self, policy: str) -> None:
         """After a merge. `keep` leaves the state, `reset` clears it all, `reset_b` that of B alone."""
         if policy == "keep":

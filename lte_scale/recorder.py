@@ -139,6 +139,11 @@ class Recorder:
         if self.board is not None:
             self.board.count("lte_skipped_steps_total", 1, str(head))
 
+    def withdrawn(self, head: int) -> None:
+        """A head was left out of a merge."""
+        if self.board is not None:
+            self.board.count("lte_withdrawn_heads_total", 1, str(head))
+
     def damaged(self, samples: int, shards: int) -> None:
         """So many damaged samples and shards were met."""
         if self.board is not None and samples:

@@ -37,7 +37,7 @@ class ReplicaMerger:
             name: p.detach().view(len(heads.ids), -1)[0].clone() for name, p in heads.replicas.items()
         }
         self.outer.start_average()
-        self._left = torch.empty(0)
+        self._left: Tensor | None = None
         self.feedback: MeanWithFeedback | None = None
         if not codec.exact:
             topology, masters = collectives.topology, self.outer.masters.values()
@@ -68,10 +68,19 @@ class ReplicaMerger:
     @torch.no_grad()
     def land(self, mean: Tensor) -> None:
         """Every head continues from where it is, moved by what the master has come to differ from the node's mean."""
+        assert self._left is not None
         self._update(mean)
         for name, left in self._named(self._left).items():
             of_heads = self.heads.replicas[name].detach().view(len(self.heads.ids), -1)
             of_heads.add_(self.outer.masters[name] - left)
+        self._left = None
+
+    @torch.no_grad()
+    def start_again(self, index: int) -> None:
+        """The head at `index` continues from the master; while a merge is under way, from what that will move to it."""
+        values = self.outer.masters if self._left is None else self._named(self._left)
+        for name, parameter in self.heads.replicas.items():
+            parameter.detach().view(len(self.heads.ids), -1)[index].copy_(values[name].flatten())
 
     def over_link(self, part: Tensor) -> Tensor:
         """The mean over the nodes of this rank's part: of values in fp32, else of their change since the last merge."""

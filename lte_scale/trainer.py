@@ -21,6 +21,7 @@ from lte_scale.config import differences, dump, load_config
 from lte_scale.config.schema import Config
 from lte_scale.contents import Pieces
 from lte_scale.data import Batch, open_index
+from lte_scale.divergence import Divergence, Withdrawal
 from lte_scale.evaluate import Evaluator
 from lte_scale.initial import seed_of
 from lte_scale.log import log
@@ -54,6 +55,11 @@ class Trainer:
         lte = assemble(config, classes, collectives, device)
         self.engine, self.heads, self.merger, self.optimizer = lte.engine, lte.heads, lte.merger, lte.optimizer
         self.autocast = lte.autocast
+        apart = config.optimizer.average != "all"  # else all heads are one
+        ratio = config.train.diverged * apart
+        self.divergence = Divergence(
+            self.merger, self.optimizer, collectives, ratio=ratio, classes=classes, device=device
+        )
         self.evaluator = Evaluator(config, classes, collectives, device, self.autocast)
         run_dir = Path(config.run_dir)
         self.checkpoints = Checkpoints(run_dir, config.checkpoint, collectives)
@@ -171,6 +177,7 @@ class Trainer:
         with self.clock("optimizer"):
             norms, skipped = self.optimizer.step(losses, lambda peak: self.schedule.lr(peak, self.state.step))
         self.recorder.interval.add(losses, correct, norms, images)
+        self.divergence.follow(losses)
         if any(skipped):
             self.after_skips(skipped)
 
@@ -198,17 +205,25 @@ class Trainer:
             )
 
     def after_skips(self, skipped: list[bool]) -> None:
-        """Count skipped steps; give up, saved, when one head keeps failing."""
-        for head, bad, row in zip(self.heads.ids, skipped, self.optimizer.skipped_in_a_row, strict=True):
+        """Count skipped steps; a head that keeps failing starts again."""
+        step = self.state.step
+        for index, (head, bad) in enumerate(zip(self.heads.ids, skipped, strict=True)):
             if bad:
                 self.state.skipped_here += 1
                 self.recorder.skipped(head)
-                log.warning("step %d: head %d skipped, its loss or gradient is not finite", self.state.step, head)
+                log.warning("step %d: head %d skipped, its loss or gradient is not finite", step, head)
+            row = self.optimizer.skipped_in_a_row[index]
             if row >= self.config.train.max_skipped:
-                self.preemption.fail(
-                    f"head {head} skipped {row} steps in a row up to step {self.state.step} for a non-finite loss or "
-                    "gradient; lower optimizer.lr or adapters.alpha"
-                )
+                self.withdrawn(self.divergence.withdraw(index, step, f"it skipped {row} steps in a row"))
+
+    def withdrawn(self, *heads: Withdrawal) -> None:
+        """Tell of heads that have started again; give up, saved, when one does little else."""
+        for found in heads:
+            self.recorder.withdrawn(found.head)
+            told = f"step {self.state.step}: head {found.head} withdrawn, {found.reason}"
+            log.warning("%s; it starts again from the base", told)
+            if found.hopeless:
+                self.preemption.fail(f"{told}, once more; lower optimizer.lr or adapters.alpha")
 
     def merge(self, last: bool) -> None:
         """Merge what is due after this step, inside the node or between nodes. `last`: all there is."""
@@ -220,6 +235,7 @@ class Trainer:
             self.state.measured_step = step
             self.recorder.measure()
         with self.clock("merge"):
+            self.withdrawn(*self.divergence.before_merge(step))
             self.merger.merge(step, decay=self.schedule.master_decay(step), last=last)
             self.optimizer.restart(self.config.merge.optimizer_state)
         self.state.merge_seconds += time.perf_counter() - began
@@ -254,6 +270,7 @@ class Trainer:
             merger=self.merger,
             optimizer=self.optimizer,
             positions=dict.fromkeys(self.heads.ids, self.position),
+            divergence=self.divergence,
         )
 
     def record(self, everywhere: bool, evaluation: dict[str, float] | None) -> None:

@@ -219,7 +219,7 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops_the_run(
                     "optimizer.lr=1e30", "train.max_skipped=3", "train.duration=40", "data.workers=0")  # fmt: skip
     assert main(words) == 3
     error = capsys.readouterr().err
-    assert "head 0 skipped 3 steps in a row" in error
+    assert "head 0 withdrawn, it skipped 3 steps in a row, once more" in error
     assert "saved at step" in error
     assert whole_checkpoints(run_dir)
 

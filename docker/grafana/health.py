@@ -71,9 +71,13 @@ FAULTS = [
         [("scalar(max(lte_rank_step{})) - lte_rank_step{}", "node {{node}} rank {{local_rank}}")],
     ),
     series(
-        "Skipped steps",
-        "In 10 minutes, for a loss or gradient that is not finite. Good: 0.",
-        [("sum by (head) (increase(lte_skipped_steps_total{}[10m]))", "head {{head}}")],
+        "Skipped steps, withdrawn heads",
+        "In 10 minutes: steps for a loss or gradient that is not finite, heads for a loss that has multiplied. "
+        "Good: 0.",
+        [
+            ("sum by (head) (increase(lte_skipped_steps_total{}[10m]))", "head {{head}}"),
+            ("sum by (head) (increase(lte_withdrawn_heads_total{}[10m])) > 0", "head {{head}} withdrawn"),
+        ],
     ),
     series(
         "Starts in an hour",

@@ -239,7 +239,15 @@ class TrainConfig:
         0.0, "Decay per merge of the moving average of the master; 0 is off.", least=0, most=0.99999
     )
     max_skipped: int = option(
-        10, "Stop after this many steps in a row skipped by one head for a non-finite loss or gradient.", least=1
+        10,
+        "A head starts again from the base after so many steps in a row skipped for a non-finite loss or gradient.",
+        least=1,
+    )
+    diverged: float = option(
+        2.0,
+        "A head is left out of a merge, and starts again from the base, where its loss is more than so many times that "
+        "at the merge before; 0 is off. The run stops when one does little else for three windows.",
+        least=0,
     )
     device: str = option("auto", "auto takes CUDA where it is available.", one_of=("auto", "cpu", "cuda"))
 

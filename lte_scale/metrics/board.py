@@ -87,6 +87,7 @@ class Board:
         """Before the first step."""
         for head in self.topology.my_heads if self.topology.head_member == 0 else ():
             self.count("lte_skipped_steps_total", 0, str(head))
+            self.count("lte_withdrawn_heads_total", 0, str(head))
         self.set("lte_rank_step", step, self.rank)
         self.set("lte_rank_step_timestamp_seconds", time.time(), self.rank)
         if self.first:

@@ -88,6 +88,7 @@ METRICS: Mapping[str, Metric] = {
     "lte_merged_delta_rank_ratio": Metric("gauge", "Effective rank over the highest that these heads could reach."),
     # Data and faults
     "lte_skipped_steps_total": Metric("counter", "Steps skipped for a loss or gradient that is not finite.", ("head",)),
+    "lte_withdrawn_heads_total": Metric("counter", "Times a diverged head was left out of a merge.", ("head",)),
     "lte_bad_samples_total": Metric("counter", "Damaged samples skipped."),
     "lte_bad_shards_total": Metric("counter", "Shards found damaged as a whole, once per epoch."),
     "lte_restarts": Metric("gauge", "Times the run was resumed from a checkpoint."),

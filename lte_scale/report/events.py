@@ -17,7 +17,7 @@ _KINDS = {
     "restart": re.compile(r"resumed from .* at step (?P<step>\d+) of (?P<planned>\d+)"),
     "stop": re.compile(r"(?:stop requested: all ranks end|stopped) after step (?P<step>\d+)"),
     "checkpoint": re.compile(r"saved checkpoint step_(?P<step>\d+)"),
-    "skipped": re.compile(r"step (?P<step>\d+): head \d+ skipped"),
+    "skipped": re.compile(r"step (?P<step>\d+): head \d+ (?:skipped|withdrawn)"),
     "stalled": re.compile(r"(?:hang: )?no progress for [\d.]+ s after step (?P<step>\d+)"),
     "data": re.compile(r"skipped damaged |evaluation: left out damaged |.* is damaged after \d+ samples"),
 }

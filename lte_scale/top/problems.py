@@ -25,6 +25,9 @@ def problems(nodes: Sequence[Node]) -> Iterator[str]:
         if skipped:
             each = ", ".join(f"{skipped[head]:,.0f} of head {head}" for head in sorted(skipped, key=natural))
             yield f"{name}: steps skipped for a loss or gradient that is not finite: {each}"
+        withdrawn = [head for head, n in now.by("head", "lte_withdrawn_heads_total").items() if n]
+        if withdrawn:
+            yield f"{name}: diverged and started again: head {', '.join(sorted(withdrawn, key=natural))}"
         samples, shards = now.total("lte_bad_samples_total"), now.total("lte_bad_shards_total")
         if samples or shards:
             yield f"{name}: damaged data skipped: samples {samples:,.0f}, whole shards {shards:,.0f}"
