@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lte_scale.adapters import LTEPatchConv, ReplicaPatchConv
+from lte_scale.live import LiveBytes
 from lte_scale.low_rank import as_written
 from lte_scale.model import Heads
 
@@ -108,20 +109,29 @@ def step_flops(model: nn.Module, *, batch: int, image_size: int) -> int:
         as_written(),
         FlopCounterMode(display=False) as counter,
     ):
-        _forward(model, tensors, batch, image_size).sum().backward()
+        _forward(model, tensors, _images(model, batch, image_size)).sum().backward()
     return int(counter.get_total_flops())
 
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Bytes kept between forward and backward: outside of the blocks, in each block, and each block's input."""
+    """Bytes kept between forward and backward: outside of the blocks, in each block, and each block's input.
+
+    Attributes:
+        working: bytes alive beside them where a backward pass holds the most: gradients of activations, casts.
+    """
 
     outside: int
     blocks: tuple[int, ...]
     inputs: tuple[int, ...]
+    working: int = 0
 
     def total(self, *, checkpointed: bool) -> int:
-        """All of it; or with checkpointing the blocks' inputs, and one block at a time."""
+        """The most that a training step holds at once."""
+        return self.saved(checkpointed=checkpointed) + self.working
+
+    def saved(self, *, checkpointed: bool) -> int:
+        """What autograd keeps; with checkpointing the blocks' inputs, and one block at a time."""
         kept = max(self.blocks, default=0) if checkpointed else sum(self.blocks)
         return self.outside + sum(self.inputs) + kept
 
@@ -135,7 +145,7 @@ def saved_activations(
     bf16: bool,
     gathered: Collection[str] = (),
 ) -> Activations:
-    """What autograd saves in a forward pass of `batch` images with fused attention, parameters aside.
+    """What a forward and backward pass of `batch` images holds with fused attention, parameters and gradients aside.
 
     Args:
         blocks: the modules that activation checkpointing recomputes.
@@ -171,17 +181,33 @@ def saved_activations(
         with _fake(model, gathered if bf16 else ()) as tensors:
             keeping = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16), keeping:
-                _forward(model, tensors, batch, image_size)
+                _forward(model, tensors, _images(model, batch, image_size))
             ours = {tensor.untyped_storage()._cdata for tensor in tensors.values()}
     finally:
         for hook in hooks:
             hook.remove()
     kept = [entry for storage, entry in saved.items() if storage not in ours and storage not in inputs]
-    return Activations(
+    found = Activations(
         outside=sum(size for size, block in kept if block < 0),
         blocks=tuple(sum(size for size, block in kept if block == i) for i in range(len(blocks))),
         inputs=tuple(inputs.values()),
     )
+    peak = _peak_of_step(model, batch=batch, image_size=image_size, bf16=bf16, gathered=gathered)
+    return replace(found, working=max(0, peak - found.saved(checkpointed=False)))
+
+
+def _peak_of_step(model: nn.Module, *, batch: int, image_size: int, bf16: bool, gathered: Collection[str]) -> int:
+    with _fake(model, gathered if bf16 else ()) as tensors:
+        for tensor in tensors.values():
+            if tensor.requires_grad:
+                tensor.grad = torch.zeros_like(tensor)  # a first gradient would be kept as it is, and counted
+        gradients = [tensor.grad for tensor in tensors.values() if tensor.grad is not None]
+        images = _images(model, batch, image_size)
+        with LiveBytes([images, *tensors.values(), *gradients]) as live:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                output = _forward(model, tensors, images)
+            output.sum().backward()
+    return live.peak
 
 
 @contextmanager
@@ -195,8 +221,11 @@ def _fake(model: nn.Module, in_bf16: Collection[str] = ()) -> Iterator[dict[str,
         yield tensors
 
 
-def _forward(model: nn.Module, tensors: Mapping[str, Tensor], batch: int, image_size: int) -> Tensor:
-    images = torch.empty(batch, _channels(model), image_size, image_size, device="cpu")
+def _images(model: nn.Module, batch: int, image_size: int) -> Tensor:
+    return torch.empty(batch, _channels(model), image_size, image_size, device="cpu")
+
+
+def _forward(model: nn.Module, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
     output: Tensor = torch.func.functional_call(model, dict(tensors), (images,))
     return output.float()
 

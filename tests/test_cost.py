@@ -19,8 +19,9 @@ from lte_scale.arrangement import Arrangement
 from lte_scale.config import load_config
 from lte_scale.config.schema import AdaptersConfig, BaseConfig, Config, MergeConfig, ModelConfig, TrainConfig
 from lte_scale.cost import Layer, Shapes, saved_activations, shapes_of, step_flops, training_flops
-from lte_scale.engines.base import materialise, repeated_blocks
+from lte_scale.engines.base import materialise, repeated_blocks, wrap_blocks
 from lte_scale.estimate import Plan, make_plan, path_rows
+from lte_scale.live import LiveBytes
 from lte_scale.memory import memory
 from lte_scale.model import Heads, attach, build
 from lte_scale.topology import Topology
@@ -109,9 +110,42 @@ def test_saved_activations_equal_those_of_a_real_pass(heads: int, bf16: bool) ->
     assert len(blocks) == DEPTH
     counted = saved_activations(model, blocks, batch=4, image_size=28, bf16=bf16)
     # A real scalar or mask of a few bytes may be a Python number in the trace.
-    assert counted.total(checkpointed=False) == pytest.approx(really_saved(model, 4, bf16=bf16), rel=0.01)
+    assert counted.saved(checkpointed=False) == pytest.approx(really_saved(model, 4, bf16=bf16), rel=0.01)
     assert counted.inputs == (4 * TOKENS * WIDTH * 4,) * DEPTH
-    assert counted.total(checkpointed=True) == counted.outside + sum(counted.inputs) + max(counted.blocks)
+    assert counted.saved(checkpointed=True) == counted.outside + sum(counted.inputs) + max(counted.blocks)
+
+
+WIDER = ModelConfig(name="vit_tiny_patch16_224", image_size=64, arguments={"embed_dim": 96, "depth": 3, "num_heads": 3})
+
+
+def really_held(heads: int, *, bf16: bool, checkpointed: bool) -> tuple[int, int]:
+    """Bytes planned for activations, and the most alive in a real training step beside parameters and gradients."""
+    model = build(WIDER, CLASSES, seed=0)
+    found = attach(model, AdaptersConfig(rank=8, alpha=8), range(heads), seed=0)
+    blocks = [parent.get_submodule(name) for parent, name in repeated_blocks(model)]
+    weights = {f"{name}.base.weight" for name in found.linears}
+    planned = saved_activations(model, blocks, batch=8, image_size=64, bf16=bf16, gathered=weights)
+    materialise(model, torch.device("cpu"))
+    for layer in found.linears.values():
+        layer.base.weight.data = layer.base.weight.data.to(torch.bfloat16 if bf16 else torch.float32)
+    wrap_blocks(model, checkpoint_activations=checkpointed, compile=False)
+    for parameter in found.parameters().values():
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in found.parameters().values() if p.grad is not None]
+    images = torch.randn(8, 3, 64, 64)
+    with LiveBytes([images, *model.parameters(), *model.buffers(), *gradients]) as live:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = model(images).float()
+        output.sum().backward()
+    return planned.total(checkpointed=checkpointed), live.peak
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_activations_are_the_peak_of_a_real_step(heads: int, bf16: bool, checkpointed: bool) -> None:
+    planned, held = really_held(heads, bf16=bf16, checkpointed=checkpointed)
+    assert planned == pytest.approx(held, rel=0.05)
 
 
 def arrangement(
