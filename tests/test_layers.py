@@ -37,7 +37,8 @@ LAYERS: dict[int, set[str]] = {
 }
 # Parts of a module of the fifth layer, which it alone and later layers may import.
 PARTS = {
-    "merge": {"contents"},  # of a checkpoint: the masters
+    "merge": {"contents", "divergence"},  # of a checkpoint: the masters
+    "divergence": {"contents"},
     "contents": {"checkpoint", "run_dir"},
     "agreement": {"merge", "launch"},
     "arrangement": {"merge", "copies", "products", "dense", "traffic", "memory", "baselines"},
