@@ -76,7 +76,7 @@ FAULTS = [
         "Good: 0.",
         [
             ("sum by (head) (increase(lte_skipped_steps_total{}[10m]))", "head {{head}}"),
-            ("sum by (head) (increase(lte_withdrawn_heads_total{}[10m])) > 0", "head {{head}} withdrawn"),
+            ("sum by (head) (increase(lte_withdrawn_heads_total{}[10m]))", "head {{head}} withdrawn"),
         ],
     ),
     series(
