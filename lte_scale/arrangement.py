@@ -185,6 +185,8 @@ class Arrangement:
 
     def _path(self, layer: Layer) -> Path:
         asked = self.config.merge.path
+        if self.config.fault_tolerance.enabled:  # nodes come and go: there is one sum over those that are there
+            return "dense"
         if asked != "auto":
             return "factor" if asked == "factor" else "dense"
         sent = self.path_bytes(layer)

@@ -15,6 +15,12 @@ from dataclasses import dataclass
 class Topology:
     """The place of one rank among `nodes` x `ranks_per_node` ranks and `nodes` x `heads_per_node` heads.
 
+    Where nodes are jobs of their own (`fault_tolerance`), the ranks are those of one job, and the heads those of all.
+
+    Attributes:
+        first_node: the number of this job's first node among all.
+        of_nodes: how many nodes the run has in all jobs; 0 means those of this job.
+
     Raises:
         ValueError: if the heads of a node neither divide its ranks nor are a multiple of them.
     """
@@ -23,6 +29,8 @@ class Topology:
     ranks_per_node: int = 1
     heads_per_node: int = 1
     rank: int = 0
+    first_node: int = 0
+    of_nodes: int = 0
 
     def __post_init__(self) -> None:
         heads, ranks = self.heads_per_node, self.ranks_per_node
@@ -48,9 +56,19 @@ class Topology:
         return self.rank % self.ranks_per_node
 
     @property
+    def all_nodes(self) -> int:
+        """Nodes of the whole run."""
+        return self.of_nodes or self.nodes
+
+    @property
+    def global_rank(self) -> int:
+        """This rank's number among those of the whole run."""
+        return self.first_node * self.ranks_per_node + self.rank
+
+    @property
     def heads(self) -> int:
         """Heads in the whole run (N of the paper)."""
-        return self.nodes * self.heads_per_node
+        return self.all_nodes * self.heads_per_node
 
     @property
     def heads_per_rank(self) -> int:
@@ -66,7 +84,7 @@ class Topology:
     def first_head(self) -> int:
         """Global id of this rank's first head."""
         local = self.local_rank // self.ranks_per_head * self.heads_per_rank
-        return self.node * self.heads_per_node + local
+        return (self.first_node + self.node) * self.heads_per_node + local
 
     @property
     def head_member(self) -> int:

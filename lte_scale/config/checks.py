@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from urllib.parse import SplitResult, urlsplit
 
 from lte_scale.config.deepspeed import settings
 from lte_scale.config.methods import check_method
@@ -30,6 +31,7 @@ def check(config: Config) -> None:
     _durations(config)
     _merge_and_base(config)
     check_method(config)
+    _fault_tolerance(config)
     _model_and_data(config)
 
 
@@ -124,6 +126,43 @@ def _delay_and_fragments(config: Config) -> None:
         )
 
 
+def _fault_tolerance(config: Config) -> None:
+    ft, merge = config.fault_tolerance, config.merge
+    if not ft.enabled:
+        return
+    address = urlsplit(ft.lighthouse)
+    if address.scheme != "http" or not address.hostname or not _port_of(address):
+        raise ConfigError(
+            f"fault_tolerance.lighthouse: {ft.lighthouse!r}; allowed: the address of a torchft_lighthouse, as "
+            "http://head:29510"
+        )
+    if ft.node >= ft.nodes:
+        raise ConfigError(
+            f"fault_tolerance.node: {ft.node} of {ft.nodes} nodes; they are numbered from 0 to fault_tolerance.nodes-1"
+        )
+    refused = [
+        (config.base.scope != "node", f"base.scope: {config.base.scope!r}", "node"),
+        (config.optimizer.average != "head", f"optimizer.average: {config.optimizer.average!r}", "head"),
+        (merge.delay != 0, f"merge.delay: {merge.delay}", "0"),
+        (merge.fragments != 1, f"merge.fragments: {merge.fragments}", "1"),
+        (merge.path == "factor", f"merge.path: {merge.path!r}", "auto"),
+        (merge.precision != "fp32", f"merge.precision: {merge.precision!r}", "fp32"),
+    ]
+    for bad, key, instead in refused:
+        if bad:
+            raise ConfigError(
+                f"{key} with fault_tolerance.enabled: nodes that come and go exchange whole changes at once, in fp32; "
+                f"use {key.partition(':')[0]}={instead}"
+            )
+
+
+def _port_of(address: SplitResult) -> int | None:
+    try:
+        return address.port
+    except ValueError:  # no number, or too large a one
+        return None
+
+
 def _divides_every(merge: MergeConfig, key: str, value: int) -> None:
     if merge.every % value:
         near = max(n for n in range(1, min(value, merge.every) + 1) if merge.every % n == 0)
@@ -196,6 +235,11 @@ def check_topology(config: Config, nodes: int, ranks_per_node: int) -> None:
     Raises:
         ValueError: as `check`.
     """
+    if config.fault_tolerance.enabled and nodes > 1:
+        raise ConfigError(
+            f"fault_tolerance.enabled: every node is a job of its own, this one has {nodes} nodes; start "
+            "`torchrun --standalone` on each, with its fault_tolerance.node"
+        )
     if config.engine.name == "none" and nodes * ranks_per_node > 1:
         raise ConfigError(
             f"engine.name: 'none' is for one process, this run has {nodes} x {ranks_per_node}; use engine=fsdp"

@@ -338,6 +338,22 @@ class MetricsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FaultToleranceConfig:
+    """Nodes that are jobs of their own and outlive one another (docs/reliability.md)."""
+
+    enabled: bool = option(
+        False,
+        "Every node is a job of its own, with a run_dir of its own, and merges with those that are there (torchft).",
+    )
+    lighthouse: str = option("", "Address of torchft's lighthouse, as http://head:29510.")
+    nodes: int = option(1, "Nodes of the whole run, among which its data is divided.", least=1)
+    node: int = option(0, "The number of this node, from 0.", least=0)
+    timeout_seconds: float = option(
+        60.0, "Seconds after which an exchange is tried again without a node that does not answer.", above=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WatchdogConfig:
     """What ends a run that hangs."""
 
@@ -389,5 +405,6 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
