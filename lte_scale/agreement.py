@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-
-from lte_scale.topology import Topology
 
 
 class Disagreement(RuntimeError):
@@ -20,22 +18,28 @@ def fingerprint(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     return torch.stack(sums).sum().view(1)
 
 
-def check(prints: Tensor, topology: Topology) -> None:
-    """Compare the fingerprints of this rank's peers [nodes].
+def strays(prints: Sequence[int], ranks: Sequence[int]) -> list[int]:
+    """The ranks whose fingerprints are not those of most: all of them, where there is no majority."""
+    most = max(set(prints), key=prints.count)
+    if 2 * prints.count(most) <= len(prints):
+        return list(ranks)
+    return [rank for rank, value in zip(ranks, prints, strict=True) if value != most]
+
+
+def check(prints: Sequence[int], ranks: Sequence[int]) -> None:
+    """Compare the fingerprints of these ranks, which hold the same parts of the masters.
 
     Raises:
         Disagreement: naming the ranks whose masters are not those of most (all of them, where there is no majority).
     """
-    values = prints.flatten().tolist()
-    if len(set(values)) == 1:
+    odd = strays(prints, ranks) if len(set(prints)) > 1 else []
+    if not odd:
         return
-    ranks = topology.peer_ranks(topology.local_rank)
-    most = max(set(values), key=values.count)
-    if 2 * values.count(most) > len(values):
-        odd = [rank for rank, value in zip(ranks, values, strict=True) if value != most]
-        word = f"the masters of rank {', '.join(map(str, odd))} are not those of the other nodes"
+    names = ", ".join(map(str, odd))
+    if len(odd) < len(ranks):
+        word = f"the masters of rank {names} are not those of the other nodes"
     else:
-        word = f"the masters of ranks {', '.join(map(str, ranks))} are not equal, as they must be"
+        word = f"the masters of ranks {names} are not equal, as they must be"
     raise Disagreement(
         f"{word}: bits have changed in memory or on the way; exclude the node and resume from a checkpoint before"
     )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lte_scale.adapters import ReplicaNorm
+from lte_scale.apart import MergerApart
 from lte_scale.apex import layer_norm
 from lte_scale.arrangement import Arrangement
 from lte_scale.collectives import Collectives
@@ -87,7 +88,8 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
         json = settings(config, collectives.topology)
         engine = DeepSpeedEngine(model, heads, collectives, config.base, json, device=device, compute_dtype=dtype)
     fill_base(engine, heads, rank=collectives.topology.rank, seed=config.seed)
-    merger = Merger(heads, engine, collectives, arrangement)
+    kind = MergerApart if config.fault_tolerance.enabled else Merger
+    merger = kind(heads, engine, collectives, arrangement)
     lr_of_a = None
     if not config.adapters.alpha:
         window = config.merge.cadence.local_every

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lte_scale import log as logs
+from lte_scale import quorum
 from lte_scale.agreement import Disagreement
 from lte_scale.collectives import Collectives
 from lte_scale.config import check_topology, check_training, dump, load_config
 from lte_scale.config.deepspeed import settings
 from lte_scale.config.schema import Config
-from lte_scale.engines.deepspeed import check_installed
+from lte_scale.engines import deepspeed
 from lte_scale.metrics import writers
 from lte_scale.run_dir import check_writable
 from lte_scale.topology import Topology, from_environment
@@ -57,8 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
         check_training(config)
         check_topology(config, topology.nodes, topology.ranks_per_node)
         if config.engine.name == "deepspeed":
-            check_installed()
+            deepspeed.check_installed()
         writers.check_installed(config.metrics)
+        if config.fault_tolerance.enabled:
+            quorum.check_installed()
+            topology = replace(topology, first_node=config.fault_tolerance.node, of_nodes=config.fault_tolerance.nodes)
     except ValueError:
         if int(os.environ.get("RANK", "0")) == 0:  # all ranks read the same configuration
             raise
@@ -158,3 +163,6 @@ def _announce(config: Config, topology: Topology, device: torch.device) -> None:
         config.model.name, topology.nodes, topology.ranks_per_node, device.type, config.train.precision,
         topology.heads, config.adapters.rank, config.engine.name, config.base.scope, config.base.gather,
     )  # fmt: skip
+    if config.fault_tolerance.enabled:
+        ft = config.fault_tolerance
+        logs.log.info("this is node %d of %d, which merge by the lighthouse %s", ft.node, ft.nodes, ft.lighthouse)

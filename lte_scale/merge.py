@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +51,27 @@ from lte_scale.replicas import ReplicaMerger
 from lte_scale.timing import Stopwatch
 
 Shards = Mapping[str, Tensor]
+
+
+class Place(NamedTuple):
+    """Where a run is: its step, the position in its data, and how many merges of all nodes there have been."""
+
+    step: int
+    position: int
+    merges: int
+
+
+class Course(Protocol):
+    """A run as its merges see it, where it is one of several that merge together."""
+
+    @property
+    def place(self) -> Place: ...
+
+    def go_to(self, place: Place) -> None:
+        """Be where the other nodes are."""
+
+    def interrupted(self) -> bool:
+        """Whether to wait no longer for other nodes; asked all the time while waiting."""
 
 
 class Merger:
@@ -96,6 +118,12 @@ class Merger:
                 self.outer.masters.update(shards)
             yield shards
 
+    def join(self, course: Course) -> None:
+        """Before the first step: be where the rest of the run is. Here it is all in this job."""
+
+    def close(self) -> None:
+        """After the last merge: let go of what is shared with other jobs. Here nothing is."""
+
     def due(self, step: int) -> bool:
         """Whether there is anything to merge after `step`, inside the node or between nodes."""
         return self.cadence.due(step)
@@ -117,7 +145,7 @@ class Merger:
         with self.editable() as shards:
             verified = self._compare_masters() if 0 in departing and self.topology.nodes > 1 else None
             if verified is not None and not delayed:
-                agreement.check(verified(), self.topology)
+                self._check(verified())
             for bucket in self.buckets:
                 with self.clock((scope, bucket.path)):
                     if bucket.fragment not in departing:
@@ -188,7 +216,7 @@ class Merger:
         with self.clock(("global", "wait")), self.collectives.call(self.collectives.peers, "merge_wait", 0):
             arrived = flight.arrived()
         if "masters" in arrived:
-            agreement.check(arrived["masters"], self.topology)
+            self._check(arrived["masters"])
         with self.editable() as shards:
             for bucket in filter(arrived.__contains__, self.buckets):
                 with self.clock(("global", bucket.path)):
@@ -205,12 +233,18 @@ class Merger:
         self.collectives.absorb(self.link)
 
     def _compare_masters(self) -> Callable[[], Tensor]:
-        """What brings together fingerprints [K] of the masters that all peers hold alike."""
+        """What brings together the peers' fingerprints [K]."""
+        return partial(self.link.all_gather, self._fingerprint(), self.link.peers, "merge_check")
+
+    def _fingerprint(self) -> Tensor:
+        """Of the masters that all peers hold alike [1]."""
         equal = [*self.replicas.outer.masters.values()]
         if not self.arrangement.spread:
             equal += self.outer.masters.values()
-        prints = agreement.fingerprint(equal, self.exchange.device)
-        return partial(self.link.all_gather, prints, self.link.peers, "merge_check")
+        return agreement.fingerprint(equal, self.exchange.device)
+
+    def _check(self, prints: Tensor) -> None:
+        agreement.check(prints.flatten().tolist(), self.topology.peer_ranks(self.topology.local_rank))
 
     def _update(self, bucket: Bucket, changes: Mapping[str, Tensor], shards: Shards, decay: float) -> None:
         """The masters take the mean changes, and the forward pass sees it."""

@@ -50,17 +50,22 @@ class ReplicaMerger:
     @torch.no_grad()
     def merge(self, everywhere: bool) -> None:
         """Every head continues from the mean of the node's heads, or from the outer step on the mean of all heads."""
-        part = self._part_of_node()
+        part = self.part_of_node()
         if not everywhere:
             self.write(self._named(self._gathered(part)))
             return
-        self._update(self.over_link(part))
+        self.take(self.over_link(part))
+
+    @torch.no_grad()
+    def take(self, mean: Tensor) -> None:
+        """Every head continues from the outer step on the mean of all heads, of which this is this rank's part [c]."""
+        self._update(mean)
         self.write(self.outer.masters)
 
     @torch.no_grad()
     def depart(self) -> Tensor:
         """Every head continues from the mean of the node's heads; what `over_link` takes."""
-        part = self._part_of_node()
+        part = self.part_of_node()
         self._left = self._gathered(part)
         self.write(self._named(self._left))
         return part
@@ -110,7 +115,7 @@ class ReplicaMerger:
         ranks = self.collectives.topology.ranks_per_node
         return F.pad(flat, (0, -flat.numel() % ranks)).view(ranks, -1)
 
-    def _part_of_node(self) -> Tensor:
+    def part_of_node(self) -> Tensor:
         """This rank's part of the mean over the node's heads [c]."""
         c = self.collectives
         flat = torch.cat([p.detach().view(len(self.heads.ids), -1) for p in self.heads.replicas.values()], 1).mean(0)

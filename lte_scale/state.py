@@ -18,7 +18,8 @@ class TrainState:
 
     `phase_seconds` is the mean over node 0's ranks, `sent_bytes` the bytes that a node has sent by `scope/purpose`;
     `skipped_steps`, `bad_samples` and `bad_shards` count over all ranks, as of the last global merge, and those `_here`
-    on this rank (on rank 0, from the totals of the run that is resumed).
+    on this rank (on rank 0, from the totals of the run that is resumed). `merges` are those that nodes which are jobs
+    of their own have agreed on (`quorum`).
     """
 
     classes: int = 0
@@ -32,6 +33,7 @@ class TrainState:
     sent_bytes: dict[str, int] = field(default_factory=dict)
     measured_step: int = 0
     restarts: int = 0
+    merges: int = 0
     skipped_steps: int = 0
     bad_samples: int = 0
     bad_shards: int = 0

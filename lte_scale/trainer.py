@@ -25,9 +25,11 @@ from lte_scale.divergence import Divergence, Withdrawal
 from lte_scale.evaluate import Evaluator
 from lte_scale.initial import seed_of
 from lte_scale.log import log
+from lte_scale.merge import Place
 from lte_scale.precision import with_precision
 from lte_scale.preemption import Preemption
 from lte_scale.profiling import Profiler
+from lte_scale.quorum import Interrupted
 from lte_scale.recorder import Recorder
 from lte_scale.schedules import due, passed
 from lte_scale.state import Schedule, TrainState
@@ -82,6 +84,7 @@ class Trainer:
         self.watchdog = Watchdog(collectives, run_dir, config.watchdog.seconds)
         self.preemption.meanwhile = lambda: self.watchdog.beat(self.state.step, "agreeing on the last step")
         self.state, self.position = TrainState(classes=classes), 0
+        self.batches = self.stream.iterate(0)
 
     def __enter__(self) -> Trainer:
         return self
@@ -89,6 +92,7 @@ class Trainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.merger.close()
         self.watchdog.close()
         self.checkpoints.close()
         self.profiler.close()
@@ -97,16 +101,29 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end, or until a signal. Returns the exit code: 0, NOT_SAVED, or 128 + the signal."""
+        before = self.place
+        try:
+            self.merger.join(self)
+        except Interrupted:
+            log.info("stopped while waiting for the other nodes; the same command resumes")
+            return 128 + (self.preemption.received or signal.SIGTERM)
+        if self.place != before and self.state.step == self.schedule.total:
+            log.info("the other nodes have trained to the end")
+            self.save_last(top1=None)
+        return self.train()
+
+    def train(self) -> int:
+        """The loop."""
         state, schedule, cadence = self.state, self.schedule, self.merger.cadence
-        batches = self.stream.iterate(self.position)
+        self.batches = self.stream.iterate(self.position)
         self.profiler.stepped(state.step)
         while state.step < schedule.total:
             state.step += 1
-            self.train_step(batches)
+            self.train_step()
+            if cadence.due(state.step):
+                self.merge()
             last = state.step == schedule.total
             everywhere = last or cadence.lands(state.step) == 0
-            if cadence.due(state.step):
-                self.merge(last)
             results = None
             if everywhere and (last or passed(state.step, schedule.evaluate, state.evaluated_step)):
                 results = self.evaluate()
@@ -126,6 +143,22 @@ class Trainer:
                 return self.stop(everywhere, recorded=recorded, saved=saved)
         self.recorder.summarise(state)
         return NOT_SAVED if self.checkpoints.failed else 0
+
+    @property
+    def place(self) -> Place:
+        """Where this run is."""
+        return Place(self.state.step, self.position, self.state.merges)
+
+    def go_to(self, place: Place) -> None:
+        """Be where the other nodes of the run are."""
+        if place.position != self.position:
+            self.batches = self.stream.iterate(place.position)
+        self.state.step, self.position, self.state.merges = place
+
+    def interrupted(self) -> bool:
+        """Whether to wait no longer for other nodes."""
+        self.watchdog.beat(self.state.step, "waiting for other nodes")
+        return bool(self.preemption.received)
 
     def stepped(self) -> None:
         """Let those know that watch over the steps."""
@@ -149,15 +182,15 @@ class Trainer:
         log.info("stopped after step %d; the same command resumes%s", self.state.step, before)
         return 128 + (self.preemption.received or signal.SIGTERM)
 
-    def train_step(self, batches: Iterator[Batch]) -> None:
+    def train_step(self) -> None:
         """One optimizer step of every head of this process, over `train.accumulate` micro-batches."""
         config, heads = self.config, len(self.heads.ids)
         # Stochastic depth is a function of seed, step and rank, so that a resumed run repeats it without saved state.
-        torch.manual_seed(seed_of("step", config.seed, self.state.step, self.topology.rank))
+        torch.manual_seed(seed_of("step", config.seed, self.state.step, self.topology.global_rank))
         losses, correct = torch.zeros(2, heads, device=self.device)
         images = 0
         for _ in range(config.train.accumulate):
-            batch = self.next_batch(batches)
+            batch = self.next_batch()
             with self.clock("forward"):
                 x, targets, labels = (
                     t.to(self.device, non_blocking=True) for t in (batch.images, batch.targets, batch.labels)
@@ -181,11 +214,11 @@ class Trainer:
         if any(skipped):
             self.after_skips(skipped)
 
-    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+    def next_batch(self) -> Batch:
         """The next batch, with the time waited for it and the damage met on the way taken down."""
         began = time.perf_counter()
         with self.clock("data_wait"):
-            batch = next(batches)
+            batch = next(self.batches)
         self.state.data_wait_seconds += time.perf_counter() - began
         self.position = batch.position
         self.state.bad_here += batch.damaged
@@ -225,9 +258,10 @@ class Trainer:
             if found.hopeless:
                 self.preemption.fail(f"{told}, once more; lower optimizer.lr or adapters.alpha")
 
-    def merge(self, last: bool) -> None:
-        """Merge what is due after this step, inside the node or between nodes. `last`: all there is."""
+    def merge(self) -> None:
+        """Merge what is due after this step, inside the node or between nodes; after the last step all there is."""
         step, cadence = self.state.step, self.merger.cadence
+        last = step == self.schedule.total
         began = time.perf_counter()
         if last or cadence.lands(step) is not None:
             self.preemption.meeting(step)
@@ -236,7 +270,10 @@ class Trainer:
             self.recorder.measure()
         with self.clock("merge"):
             self.withdrawn(*self.divergence.before_merge(step))
-            self.merger.merge(step, decay=self.schedule.master_decay(step), last=last)
+            try:
+                self.merger.merge(step, decay=self.schedule.master_decay(step), last=last)
+            except Interrupted:
+                log.info("step %d: stopped while waiting for the other nodes to merge", step)
             self.optimizer.restart(self.config.merge.optimizer_state)
         self.state.merge_seconds += time.perf_counter() - began
 

@@ -37,19 +37,21 @@ LAYERS: dict[int, set[str]] = {
 }
 # Parts of a module of the fifth layer, which it alone and later layers may import.
 PARTS = {
-    "merge": {"contents", "divergence"},  # of a checkpoint: the masters
+    "merge": {"apart", "contents", "divergence"},  # of a checkpoint: the masters
     "divergence": {"contents"},
     "contents": {"checkpoint", "run_dir"},
-    "agreement": {"merge", "launch"},
-    "arrangement": {"merge", "copies", "products", "dense", "traffic", "memory", "baselines"},
+    "agreement": {"apart", "merge", "launch"},
+    "apart": set[str](),
+    "arrangement": {"apart", "merge", "copies", "products", "dense", "traffic", "memory", "baselines"},
     "codec": {"arrangement", "exchange", "feedback", "replicas", "copies"},
     "copies": {"merge"},
-    "dense": {"merge", "products"},
-    "exchange": {"merge", "products", "health"},
+    "dense": {"apart", "merge", "products"},
+    "exchange": {"apart", "merge", "products", "health"},
     "feedback": {"dense", "replicas"},
     "flight": {"merge"},
     "outer": {"merge", "replicas"},
     "products": {"merge"},
+    "quorum": {"apart"},
     "run_dir": {"checkpoint"},
     "replicas": {"merge"},
     "traffic": {"memory", "baselines"},
