@@ -78,7 +78,6 @@ bench-speed: venv
 	$(BIN)/python benchmarks/step.py
 
 bench-merge: venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	(for tool in ip tc; do command -v $$tool >/dev/null || exit 1; done) || \
 	    { apt-get -qq update && apt-get -qq install -y iproute2; } </dev/null
 	$(BIN)/python benchmarks/merge.py

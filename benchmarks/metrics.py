@@ -88,7 +88,8 @@ def work(arguments: argparse.Namespace) -> None:
                 began = time.perf_counter()
                 for _ in range(BLOCK):
                     trainer.state.step += 1
-                    trainer.train_step(iter([batch] * config.train.accumulate))
+                    trainer.batches = iter([batch] * config.train.accumulate)
+                    trainer.train_step()
                     if kind == "with":
                         trainer.stepped()
                 if kind == "with":

@@ -13,6 +13,7 @@ Merges inside the node are those of `Merger`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -33,6 +34,7 @@ from lte_scale.model import Heads
 from lte_scale.quorum import Quorum
 
 _TRIES = 5
+_PAUSE_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +111,17 @@ class MergerApart(Merger):
     def join(self, course: Course) -> None:
         """Meet the other nodes at their next merge, to which this one brings nothing, and go on from there.
 
-        Where all nodes begin (or resume) together they meet at once, and nothing changes.
+        Where all begin (or resume) they meet at once and nothing changes; they wait a while for those not there yet.
         """
         self.course = course
         self.quorum.merges = course.place.merges
         log.info("waiting for the other nodes at their next merge")
-        self._meet(None, 0.0)
+        until = time.monotonic() + self.fault_tolerance.wait_seconds
+        while True:
+            called = self._meet(None, 0.0)
+            if called.givers or len(called.nodes) == self.fault_tolerance.nodes or time.monotonic() > until:
+                return
+            time.sleep(_PAUSE_SECONDS)
 
     @torch.no_grad()
     def merge(self, step: int, *, decay: float = 0.0, last: bool = False) -> None:
@@ -133,7 +140,7 @@ class MergerApart(Merger):
         return Window(factors, changes, self.replicas.part_of_node())
 
     @torch.no_grad()
-    def _meet(self, window: Window | None, decay: float) -> None:
+    def _meet(self, window: Window | None, decay: float) -> RollCall:
         """A merge of all nodes that are there, to which this one brings `window`. Collective in the node.
 
         Raises:
@@ -146,33 +153,34 @@ class MergerApart(Merger):
             with self.clock(("global", "wait")):
                 behind |= self.quorum.gather(self.course.interrupted)
             with self.editable() as shards, self.clock(("global", "dense")):
-                if self._try_together(window, decay, shards, behind=behind):
-                    return
+                called = self._try_together(window, decay, shards, behind=behind)
+            if called is not None:
+                self.clock.lap()
+                return called
             log.warning("a node was lost in the merge; gathering again (try %d of %d)", attempt, _TRIES)
         raise RuntimeError(f"nodes were lost in {_TRIES} tries of one merge; see their logs and the network")
 
-    def _try_together(self, window: Window | None, decay: float, shards: Shards, *, behind: bool) -> bool:
-        """Whether it has worked; if not nothing has changed."""
+    def _try_together(self, window: Window | None, decay: float, shards: Shards, *, behind: bool) -> RollCall | None:
+        """Who was there; None if it has not worked, and then nothing has changed."""
         called = self._roll_call(gives=window is not None and not behind, behind=behind)
         if not self.quorum.failed:
             called.check(self.fault_tolerance.node)
-        healed = self._heal(called) if called.behind else None
-        sums = self._sums(window if not behind else None) if called.givers else None
+        healed = self._heal(called) if called.behind else []
+        sums = self._sums(None if behind else window) if called.givers else None
         if not self.quorum.agree(counts=sums is not None):
-            return False
-        self._tell(called, behind=behind)
-        if behind and healed is not None:
+            return None
+        if behind:
             for tensor, bits in zip(self._whole_state(), healed, strict=True):
                 tensor.copy_(bits.view(torch.float32).view_as(tensor))
         if sums is not None or behind:
+            self._tell(called, behind=behind)
             self._take(sums, called, window, decay, shards)
         assert self.course is not None
         place = Place(called.furthest("step"), called.furthest("position"), self.quorum.merges)
         if sums is not None and self.arrangement.config.adapters.redraw:  # every B is zero
             self.heads.initialise(seed_of(self.arrangement.config.seed, place.step))
         self.course.go_to(place)
-        self.clock.lap()
-        return True
+        return called
 
     def _roll_call(self, *, gives: bool, behind: bool) -> RollCall:
         assert self.course is not None

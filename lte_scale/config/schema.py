@@ -348,6 +348,7 @@ class FaultToleranceConfig:
     lighthouse: str = option("", "Address of torchft's lighthouse, as http://head:29510.")
     nodes: int = option(1, "Nodes of the whole run, among which its data is divided.", least=1)
     node: int = option(0, "The number of this node, from 0.", least=0)
+    wait_seconds: float = option(60.0, "Seconds to wait at the start for nodes that are not there yet.", least=0)
     timeout_seconds: float = option(
         60.0, "Seconds after which an exchange is tried again without a node that does not answer.", above=0
     )
