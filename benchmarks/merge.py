@@ -57,7 +57,7 @@ def refuse(arguments: argparse.Namespace) -> str:
     """Why this cannot run here and what to do, or nothing."""
     if "diloco" in arguments.methods and importlib.util.find_spec("torchft") is None:
         return (
-            "diloco needs the package torchft: pip install 'lte-scale[fault-tolerance]', or leave it out of --methods"
+            "diloco needs the package torchft: pip install 'lte-scale[fault-tolerance]', or leave it out"
         )
     if arguments.accuracy:
         # The digits are too few to tell methods apart.

@@ -276,8 +276,9 @@ class Checkpoints:
         state = read_state(path)
         topology = self.collectives.topology
         same_place = state["topology"] == {**asdict(topology), "rank": 0}
-        same_heads = state["heads"] == topology.heads
         metadata = read_metadata(path)
+        there = {name.split("/")[1] for name in metadata.state_dict_metadata if name.startswith("head/")}
+        same_heads = state["heads"] == topology.heads and there.issuperset(map(str, topology.job_heads))
         merger = pieces.merger
         with torch.no_grad(), merger.editable() as shards:
             check_model(metadata, pieces, path)

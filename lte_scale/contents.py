@@ -207,11 +207,13 @@ def check_model(metadata: Metadata, pieces: Pieces, path: Path) -> None:
     merger = pieces.merger
     wanted = {f"master/{name}": own.shape[0] * own.shape[1] for name, own in merger.ownership.items()}
     wanted |= {f"replica_master/{name}": value.numel() for name, value in merger.replicas.outer.masters.items()}
-    wanted |= {f"head/0/{name}": p.numel() // len(pieces.heads.ids) for name, p in pieces.heads.parameters().items()}
+    heads = {name.split("/")[1] for name in metadata.state_dict_metadata if name.startswith("head/")}
+    head = f"head/{min(heads, default='0')}/"  # nodes that are jobs of their own have saved theirs alone
+    wanted |= {head + name: p.numel() // len(pieces.heads.ids) for name, p in pieces.heads.parameters().items()}
     stored = {
         name: entry.size.numel()
         for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and name.startswith(("master/", "replica_master/", "head/0/"))
+        if isinstance(entry, TensorStorageMetadata) and name.startswith(("master/", "replica_master/", head))
     }
     differing = [name for name in sorted(wanted) if stored.get(name) != wanted[name]]
     differing += [n for n in sorted(stored) if n.startswith(("master/", "replica_master/")) and n not in wanted]

@@ -75,6 +75,8 @@ def make_plan(config: Config, *, nodes: int, ranks_per_node: int) -> Plan:
     """
     heads_per_node = config.topology.heads_per_node or ranks_per_node
     topology = Topology(nodes=nodes, ranks_per_node=ranks_per_node, heads_per_node=heads_per_node)
+    if config.fault_tolerance.enabled:
+        topology = replace(topology, first_node=config.fault_tolerance.node, of_nodes=config.fault_tolerance.nodes)
     classes = _classes(config)
     model = build(config.model, classes, seed=config.seed)
     with torch.device("meta"):
@@ -99,7 +101,7 @@ def make_plan(config: Config, *, nodes: int, ranks_per_node: int) -> Plan:
         local_merge=of_node(a, lambda a, rank: merge_traffic(a, rank, everywhere=False)) if a.two_level else Traffic(),
         global_merge=of_node(a, lambda a, rank: merge_traffic(a, rank, everywhere=True)),
         window=window,
-        methods=[Method("LTE", asdict(spent), average), *baselines(full_rank, topology)],
+        methods=[Method("LTE", asdict(spent), average), *baselines(full_rank, topology.whole)],
         full_rank=full_rank,
     )
 

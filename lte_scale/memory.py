@@ -121,7 +121,12 @@ def unsent_values(a: Arrangement, rank: int) -> int:
 
 
 def _values_under_way(a: Arrangement) -> int:
-    """What an exchange beside the training holds: what is sent and what has arrived, of the largest fragment."""
+    """What an exchange beside the training holds: what is sent and what has arrived, of the largest fragment.
+
+    Nodes apart hold it of the whole window: nothing is applied until all has arrived.
+    """
+    if a.config.fault_tolerance.enabled:
+        return 2 * (sum(length(a.ownership(name, 0).own) for name in a.shapes.layers) + a.replica_part)
     if not a.cadence.delay:
         return 0
     held: Counter[int] = Counter({0: 3 * a.replica_part})

@@ -70,7 +70,7 @@ class Quorum:
         self.collectives, self.device, self.nodes = collectives, device, 0
         self._behind = False
         topology = collectives.topology
-        self._peers = Group((topology.global_rank,), "inter_node", None)
+        self._peers = Group((topology.whole.rank,), "inter_node", None)
         own = self._own_address(config.lighthouse)
         # torchrun's own store outlives a restart of the ranks, and with it the address of a manager that is gone.
         self._store = TCPStore(own, 0, is_master=True, wait_for_workers=False) if topology.local_rank == 0 else None

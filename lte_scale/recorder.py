@@ -106,7 +106,7 @@ class Recorder:
             ]
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self.peak_flops = 1e12 * (self.config.peak_tflops or peak_tflops(name) or 0.0)
-        self.full_rank = ddp_traffic(merger.arrangement.shapes.values, topology)["inter_node"]
+        self.full_rank = ddp_traffic(merger.arrangement.shapes.values, topology.whole)["inter_node"]
         self.board = None
         if self.config.port:
             self.board = open_board(config, collectives, device, accelerator=name, peak_flops=self.peak_flops)
@@ -164,6 +164,7 @@ class Recorder:
     ) -> Record:
         """Reduce the interval over the node, or over all nodes after a global merge, and write it. Collective."""
         topology, interval = self.collectives.topology, self.interval
+        whole = topology.whole
         collectives = self.collectives.clock.drain()
         laps = self._laps(collectives)
         totals = self._reduce(state, laps, everywhere)
@@ -186,8 +187,8 @@ class Recorder:
             merge_seconds=state.merge_seconds,
             inter_node_bytes=state.sent("inter_node"),
             intra_node_bytes=state.sent("intra_node"),
-            mfu=self.flops_per_image * per_second / self.peak_flops / topology.world_size if self.peak_flops else None,
-            heads=topology.heads if everywhere else topology.heads_per_node,
+            mfu=self.flops_per_image * per_second / self.peak_flops / whole.world_size if self.peak_flops else None,
+            heads=topology.heads_per_node * (topology.nodes if everywhere else 1),
             skipped_steps=state.skipped_steps,
             bad_samples=state.bad_samples,
             bad_shards=state.bad_shards,
@@ -215,7 +216,7 @@ class Recorder:
                 top1_by_head=totals.heads[2].tolist(),
                 images=interval.images,
                 steps=interval.steps,
-                flops=self.flops_per_image * per_second / topology.nodes,
+                flops=self.flops_per_image * per_second / whole.nodes,
                 full_rank_bytes=self.full_rank * interval.steps,
                 seconds_left=left,
             )

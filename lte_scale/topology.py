@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,14 +61,21 @@ class Topology:
         return self.of_nodes or self.nodes
 
     @property
-    def global_rank(self) -> int:
-        """This rank's number among those of the whole run."""
-        return self.first_node * self.ranks_per_node + self.rank
+    def whole(self) -> Topology:
+        """The whole run as if it were one job."""
+        rank = self.first_node * self.ranks_per_node + self.rank
+        return replace(self, nodes=self.all_nodes, rank=rank, first_node=0, of_nodes=0)
 
     @property
     def heads(self) -> int:
         """Heads in the whole run (N of the paper)."""
         return self.all_nodes * self.heads_per_node
+
+    @property
+    def job_heads(self) -> range:
+        """Global ids of the heads of this job: all, but where nodes are jobs of their own."""
+        first = self.first_node * self.heads_per_node
+        return range(first, first + self.nodes * self.heads_per_node)
 
     @property
     def heads_per_rank(self) -> int:

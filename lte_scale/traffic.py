@@ -23,6 +23,9 @@ from lte_scale.topology import Topology
 FINGERPRINT = 8
 """Bytes in which a rank tells its peers of its masters (`agreement`)."""
 
+ROLL_CALL = 48
+"""Bytes in which a rank says of every node where it is, where nodes are jobs of their own (`apart`)."""
+
 Traffic = Counter[tuple[Scope, str]]
 """Bytes sent by (scope, purpose), as `Collectives.bytes_sent` counts them."""
 
@@ -59,6 +62,12 @@ class Links:
 
     def all_gather(self, group: Sequence[int], purpose: str, part_bytes: int) -> None:
         self._send(group, purpose, all_gather_bytes(len(group), part_bytes))
+
+
+    def between_jobs(self, jobs: int, purpose: str, message_bytes: int) -> None:
+        """An all-reduce over nodes that are jobs of their own."""
+        if jobs > 1:
+            self.sent["inter_node", purpose] += all_reduce_bytes(jobs, message_bytes)
 
 
 def gather_traffic(a: Arrangement, rank: int) -> Traffic:
@@ -121,6 +130,8 @@ def _at_once(a: Arrangement, rank: int, sets: Mapping[int, int]) -> Traffic:
 def _landing(a: Arrangement, rank: int, sets: Mapping[int, int]) -> Traffic:
     """What crosses between nodes, and its way inside them."""
     links, t = Links(a.topology, rank), a.topology
+    if a.config.fault_tolerance.enabled:
+        _between_jobs(a, links)
     for bucket in a.buckets:
         if bucket.fragment not in sets:
             continue
@@ -143,6 +154,14 @@ def _landing(a: Arrangement, rank: int, sets: Mapping[int, int]) -> Traffic:
         if t.nodes > 1:
             links.all_gather(links.peers, "merge_check", FINGERPRINT)
     return links.sent
+
+
+def _between_jobs(a: Arrangement, links: Links) -> None:
+    jobs = a.topology.all_nodes
+    for bucket in a.buckets:
+        links.between_jobs(jobs, "merge_dense", FP32 * a.formed(bucket, links.topology.rank))
+    links.between_jobs(jobs, "merge_replica", FP32 * a.replica_part)
+    links.between_jobs(jobs, "merge_check", ROLL_CALL * jobs)
 
 
 def _gather_factors(a: Arrangement, links: Links, bucket: Bucket) -> None:

@@ -186,7 +186,7 @@ class Trainer:
         """One optimizer step of every head of this process, over `train.accumulate` micro-batches."""
         config, heads = self.config, len(self.heads.ids)
         # Stochastic depth is a function of seed, step and rank, so that a resumed run repeats it without saved state.
-        torch.manual_seed(seed_of("step", config.seed, self.state.step, self.topology.global_rank))
+        torch.manual_seed(seed_of("step", config.seed, self.state.step, self.topology.whole.rank))
         losses, correct = torch.zeros(2, heads, device=self.device)
         images = 0
         for _ in range(config.train.accumulate):
