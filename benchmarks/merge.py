@@ -56,9 +56,7 @@ FASHION, DIGITS = Path("/usr/share/datasets/fashion-mnist"), "digits"
 def refuse(arguments: argparse.Namespace) -> str:
     """Why this cannot run here and what to do, or nothing."""
     if "diloco" in arguments.methods and importlib.util.find_spec("torchft") is None:
-        return (
-            "diloco needs the package torchft: pip install 'lte-scale[fault-tolerance]', or leave it out"
-        )
+        return "diloco needs the package torchft: pip install 'lte-scale[fault-tolerance]', or leave it out"
     if arguments.accuracy:
         # The digits are too few to tell methods apart.
         if arguments.data == DIGITS:

@@ -63,7 +63,6 @@ class Links:
     def all_gather(self, group: Sequence[int], purpose: str, part_bytes: int) -> None:
         self._send(group, purpose, all_gather_bytes(len(group), part_bytes))
 
-
     def between_jobs(self, jobs: int, purpose: str, message_bytes: int) -> None:
         """An all-reduce over nodes that are jobs of their own."""
         if jobs > 1:
@@ -130,7 +129,7 @@ def _at_once(a: Arrangement, rank: int, sets: Mapping[int, int]) -> Traffic:
 def _landing(a: Arrangement, rank: int, sets: Mapping[int, int]) -> Traffic:
     """What crosses between nodes, and its way inside them."""
     links, t = Links(a.topology, rank), a.topology
-    if a.config.fault_tolerance.enabled:
+    if 0 in sets and a.config.fault_tolerance.enabled:
         _between_jobs(a, links)
     for bucket in a.buckets:
         if bucket.fragment not in sets:
