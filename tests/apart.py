@@ -15,8 +15,7 @@ from pathlib import Path
 from tests.harness import free_port
 from tests.test_train import command, records
 
-_JOIN_MS = 3000
-_HEARTBEAT_MS = 2000
+_JOIN_MS, _HEARTBEAT_MS = 4000, 4000
 
 
 @dataclass
@@ -35,6 +34,7 @@ class Node:
 
     def start(self) -> None:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
+        self.run_dir.parent.mkdir(parents=True, exist_ok=True)
         self.job = subprocess.Popen(
             [*launcher, "-m", "lte_scale", *self.words],
             env={**os.environ, "OMP_NUM_THREADS": "1"},

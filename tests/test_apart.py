@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -17,10 +19,11 @@ from lte_scale.run_dir import whole_checkpoints
 from tests.apart import Node, nodes_apart
 from tests.test_train import ROOT, SMALL, command, finish, records, start, tensors
 
-STEPS = 400
+STEPS = 240
+KILLS, SEED = int(os.environ.get("KILLS", "3")), int(os.environ.get("SEED", "0"))
 
 RUN = [*SMALL, "engine=fsdp", "merge={every: 8, local_every: 4, outer: nesterov}", "data.workers=0"]
-LONG = [*RUN, f"train.duration={STEPS}", "evaluate.every=200", "checkpoint.every=16"]
+LONG = [*RUN, f"train.duration={STEPS}", "evaluate.every=120", "checkpoint.every=16"]
 
 
 def masters(node: Node | Path) -> dict[str, torch.Tensor]:
@@ -112,11 +115,16 @@ def test_a_node_is_killed_and_comes_back(digits: Path, tmp_path: Path, mode: str
         nodes[2].wait_for_step(17)
         nodes[2].kill()
         nodes[0].wait_for_words("merging with 2 of 3 nodes")
+        for node in nodes[:2]:  # or a fast machine ends the run before the node is back
+            node.signal(signal.SIGSTOP)
         nodes[2].start()
+        nodes[2].wait_for(lambda: nodes[2].events.count("waiting for the other nodes") == 2, "second start", 120)
+        for node in nodes[:2]:
+            node.signal(signal.SIGCONT)
         nodes[2].wait_for_words("brought up to date by node")
         for node in nodes:
             node.finish()
-        assert "step " in nodes[0].events and "merging with 3 of 3 nodes" in nodes[0].events.partition("2 of 3")[2]
+        assert "merging with 3 of 3 nodes" in nodes[0].events.partition("merging with 2 of 3")[2]
         assert_equal(nodes)
         assert_went_through(nodes[0], nodes[1])
 
@@ -155,10 +163,10 @@ def test_the_lighthouse_is_lost(digits: Path, tmp_path: Path) -> None:
         assert_went_through(*nodes)
 
 
-def _still(node: Node, *, seconds: float = 8.0) -> int:
-    """The step at which it stands, for so many seconds."""
+def _still(node: Node) -> int:
+    """The step at which it stands."""
     step, since = node.step, time.monotonic()
-    while time.monotonic() - since < seconds:
+    while time.monotonic() - since < 8:
         time.sleep(0.1)
         if node.step != step:
             step, since = node.step, time.monotonic()
@@ -168,14 +176,14 @@ def _still(node: Node, *, seconds: float = 8.0) -> int:
 
 @pytest.mark.faults
 def test_a_signal_while_a_node_waits(digits: Path, tmp_path: Path) -> None:
-    """At the start, for others that are not there; and at a merge, for one that has stopped: it saves, and resumes."""
+    """At the start, for nodes that are not there; and at a merge, for a lighthouse: it saves, and resumes."""
 
     def stop(node: Node) -> None:
         assert node.job is not None
         node.signal(signal.SIGTERM)
         assert node.job.wait(60) != 0
 
-    with nodes_apart(digits, tmp_path, 2, 2, *LONG, "fault_tolerance.wait_seconds=600") as (_, nodes):
+    with nodes_apart(digits, tmp_path, 2, 2, *LONG, "fault_tolerance.wait_seconds=600") as (lighthouse, nodes):
         nodes[0].start()
         nodes[0].wait_for_words("waiting for the other nodes")
         time.sleep(2)
@@ -184,13 +192,15 @@ def test_a_signal_while_a_node_waits(digits: Path, tmp_path: Path) -> None:
         for node in nodes:
             node.start()
         nodes[0].wait_for_step(9)
-        nodes[1].signal(signal.SIGSTOP)
-        step = 1 + _still(nodes[0], seconds=1.5)  # what it waits in has no record yet
-        stop(nodes[0])
-        assert f"step {step}: stopped while waiting for the other nodes to merge" in nodes[0].events
-        assert whole_checkpoints(nodes[0].run_dir)[-1].name == f"step_{step:08d}"
-        nodes[1].signal(signal.SIGCONT)
-        nodes[0].start()
+        lighthouse.kill()
+        step = 1 + _still(nodes[0])  # the step that ends with the merge has no record yet
+        for node in nodes:
+            stop(node)
+            assert f"step {step}: stopped while waiting for the other nodes to merge" in node.events
+            assert whole_checkpoints(node.run_dir)[-1].name == f"step_{step:08d}"
+        lighthouse.start()
+        for node in nodes:
+            node.start()
         for node in nodes:
             node.finish()
         assert_equal(nodes)
@@ -201,3 +211,34 @@ def assert_went_through(*nodes: Node) -> None:
     for node in nodes:
         found = records(node.run_dir)
         assert found[-1]["step"] == STEPS and found[-1]["restarts"] == 0
+
+
+@pytest.mark.faults
+def test_random_kills_cost_no_accuracy(digits: Path, tmp_path: Path) -> None:
+    """kill -9 of whole nodes at random moments of the demo's run, each started again a little later.
+
+    The others are never started anew, and the accuracy is within a point of the run that nobody disturbed.
+    """
+    words = ["engine=fsdp", "data.workers=0", "train.duration=1200", "evaluate.every=1200", "checkpoint.every=100"]
+    top1 = {}
+    for kills in (0, KILLS):
+        chance, killed = random.Random(SEED), list[int]()
+        with nodes_apart(digits, tmp_path / str(kills), 3, 1, *words) as (_, nodes):
+            for node in nodes:
+                node.start()
+            for _ in range(kills):
+                victim = nodes[1 + chance.randrange(2)]  # the first one lives through all of it
+                at = nodes[0].step + 40 + chance.randrange(80)
+                nodes[0].wait_for_step(min(at, 1100), seconds=300)
+                victim.kill()
+                killed.append(victim.number)
+                time.sleep(chance.uniform(0, 8))
+                victim.start()
+            for node in nodes:
+                if node.number not in killed:
+                    node.finish(seconds=600)
+                    last = records(node.run_dir)[-1]
+                    assert last["step"] == 1200 and last["restarts"] == 0
+                    top1[kills] = last["eval_top1"]
+    print(f"\nseed {SEED}: killed nodes {killed}; top-1 {top1[KILLS]:.4f}, undisturbed {top1[0]:.4f}")
+    assert top1[KILLS] > 0.95 and abs(top1[KILLS] - top1[0]) <= 0.01
