@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def test_the_search_ends_where_the_next_does_not_fit(peak: Callable[[int], int],
 
     found = largest(counted, limit, most=4096, guess=guess)
     assert found == max((n for n in range(1, 4097) if peak(n) <= limit), default=0)
-    assert len(asked) == len(set(asked)) <= 24
+    assert len(asked) == len(set(asked)) <= 32
 
 
 def test_along_a_line_four_traces_are_enough() -> None:
@@ -126,7 +126,14 @@ def test_switches_help_and_are_predicted_as_if_configured(traces: Traces) -> Non
     before = total(traces, asked)
     found = fitting(traces, asked, before / 2)
     assert not found.configured.fits
-    assert len(found.switches) == 6
+    # Two blocks are gathered at a time, and there are no more: base.gather=pass holds as much.
+    assert {switch.options[0].partition("=")[0] for switch in found.switches} == {
+        "train.batch_size",
+        "train.precision",
+        "train.checkpoint_activations",
+        "base.scope",
+        "base.offload",
+    }
     for switch in found.switches:
         changed = load_config(
             None, [*MODEL, "base.gather=window", "train.batch_size=64", "train.precision=fp32", *switch.options]
@@ -172,17 +179,17 @@ def really_held(asked: Config, heads: int) -> int:
     return live.peak
 
 
-@pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize("checkpointed", ["false", "true"])
-def test_a_real_run_with_the_found_batch_stays_within_the_limit(heads: int, checkpointed: str) -> None:
+@pytest.mark.parametrize(("heads", "checkpointed"), [(1, "false"), (3, "true")])
+def test_a_real_run_with_the_found_batch_stays_within_the_memory(heads: int, checkpointed: str) -> None:
     same = ["engine=none", f"topology.heads_per_node={heads}", "merge.every=2", "train.precision=fp32"]
     same += [f"train.checkpoint_activations={checkpointed}"]
-    limit = 6e6
-    found = fitting(Traces(config(*same)), config(*same), limit, 1, 1)
+    asked, memory = config(*same), 6e6
+    found = fit(asked, Traces(asked), nodes=1, ranks_per_node=1, gigabytes=memory / 1e9, margin=MARGIN)
     assert found.batch
+    assert found.batch.peak > 0.95 * found.limit
     held = really_held(config(*same, *found.batch.options), heads)
-    assert held < limit
-    assert held > 0.85 * limit, held / limit
+    assert held == pytest.approx(found.batch.peak, rel=0.05)
+    assert held < memory
 
 
 FILE = """
@@ -194,10 +201,10 @@ merge: {local_every: 10}
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Iterator[Callable[..., int]]:
+def plan(tmp_path: Path) -> Callable[..., int]:
     path = tmp_path / "run.yaml"
     path.write_text(FILE)
-    yield lambda *options: main(["plan", str(path), "--ranks-per-node", "2", *options])
+    return lambda *options: main(["plan", str(path), "--ranks-per-node", "2", *options])
 
 
 def test_the_command_prints_what_it_puts_into_json(
