@@ -67,32 +67,92 @@ class Plan:
         return by_scope(self.window)[scope] / self.arrangement.config.merge.every / self.images_per_node_step
 
 
-def make_plan(config: Config, *, nodes: int, ranks_per_node: int) -> Plan:
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """A model with the heads of one rank, on the meta device, and the blocks that are gathered and recomputed."""
+
+    model: nn.Module
+    heads: Heads
+    blocks: dict[str, nn.Module]
+
+
+class Traces:
+    """What tracing a model tells, for variants of one configuration on any topology.
+
+    Variants may differ in all but `model` and `adapters`. A trace takes seconds for a large model, and is kept.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """
+        Raises:
+            ValueError: if the number of classes is not known.
+        """
+        self.config, self.classes = config, _classes(config)
+        self._adapted: dict[int, Adapted] = {}
+        self._activations: dict[tuple[int, int, bool, bool], dict[str, int]] = {}
+
+    def arrangement(self, config: Config, *, nodes: int, ranks_per_node: int) -> Arrangement:
+        """
+        Raises:
+            ValueError: if the model cannot be built or adapted.
+        """
+        heads_per_node = config.topology.heads_per_node or ranks_per_node
+        topology = Topology(nodes=nodes, ranks_per_node=ranks_per_node, heads_per_node=heads_per_node)
+        if (ft := config.fault_tolerance).enabled:
+            topology = replace(topology, first_node=ft.node, of_nodes=ft.nodes)
+        # Shapes are those of one head: any number of them will do.
+        adapted = next(iter(self._adapted.values()), None) or self._with_heads(topology.heads_per_rank)
+        return Arrangement(shapes_of(adapted.heads, list(adapted.blocks)), topology, config)
+
+    def adapted(self, a: Arrangement) -> Adapted:
+        """The model as rank 0 computes with it."""
+        adapted = self._with_heads(a.topology.heads_per_rank)
+        for layer in adapted.heads.linears.values():
+            layer.folded = a.folded
+        return adapted
+
+    def activations(self, a: Arrangement) -> dict[str, int]:
+        """Bytes, `kept` and `checkpointed`."""
+        key = (a.topology.heads_per_rank, _images_per_rank(a.config, a.topology), a.config.train.bf16, a.folded)
+        if key not in self._activations:
+            adapted = self.adapted(a)
+            blocks = list(adapted.blocks.values())
+            self._activations[key] = _activations(a.config, a.topology, adapted.model, blocks, adapted.heads)
+        return self._activations[key]
+
+    def memory(self, a: Arrangement) -> Memory:
+        """What rank 0 holds at most."""
+        kept = "checkpointed" if a.config.train.checkpoint_activations else "kept"
+        return memory(a, activations=self.activations(a)[kept])
+
+    def _with_heads(self, heads_per_rank: int) -> Adapted:
+        if heads_per_rank not in self._adapted:
+            model = build(self.config.model, self.classes, seed=self.config.seed)
+            with torch.device("meta"):
+                heads = attach(model, self.config.adapters, range(heads_per_rank), seed=self.config.seed)
+            self._adapted[heads_per_rank] = Adapted(model, heads, _blocks(model))
+        return self._adapted[heads_per_rank]
+
+
+def make_plan(config: Config, *, nodes: int, ranks_per_node: int, traces: Traces | None = None) -> Plan:
     """Plan `config` for `nodes` x `ranks_per_node` ranks.
+
+    Args:
+        traces: of a variant of `config`.
 
     Raises:
         ValueError: if the model cannot be built or adapted, or its number of classes is not known.
     """
-    heads_per_node = config.topology.heads_per_node or ranks_per_node
-    topology = Topology(nodes=nodes, ranks_per_node=ranks_per_node, heads_per_node=heads_per_node)
-    if config.fault_tolerance.enabled:
-        topology = replace(topology, first_node=config.fault_tolerance.node, of_nodes=config.fault_tolerance.nodes)
-    classes = _classes(config)
-    model = build(config.model, classes, seed=config.seed)
-    with torch.device("meta"):
-        heads = attach(model, config.adapters, topology.my_heads, seed=config.seed)
-    blocks = _blocks(model)
-    a = Arrangement(shapes_of(heads, list(blocks)), topology, config)
-    for layer in heads.linears.values():
-        layer.folded = a.folded
-    activations = _activations(config, topology, model, list(blocks.values()), heads)
-    spent = memory(a, activations=activations["checkpointed" if config.train.checkpoint_activations else "kept"])
+    traces = traces or Traces(config)
+    a = traces.arrangement(config, nodes=nodes, ranks_per_node=ranks_per_node)
+    topology, activations, spent = a.topology, traces.activations(a), traces.memory(a)
+    adapted = traces.adapted(a)
     window = of_node(a, lambda a, rank: run_traffic(a, rank, config.merge.every))
-    full_rank, full_rank_flops = _full_rank(config, topology, classes, list(blocks), heads)
+    full_rank, full_rank_flops = _full_rank(config, topology, traces.classes, list(adapted.blocks), adapted.heads)
     average = {scope: sent / config.merge.every for scope, sent in by_scope(window).items()}
     return Plan(
         arrangement=a,
-        flops=training_flops(model, heads, config.model.image_size),
+        flops=training_flops(adapted.model, adapted.heads, config.model.image_size),
         full_rank_flops=full_rank_flops,
         memory=spent,
         activations=activations,

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from lte_scale.arrangement import Arrangement
 from lte_scale.baselines import FullRank, baselines
 from lte_scale.cost import Layer
-from lte_scale.traffic import by_scope, merge_traffic, of_node, step_traffic
+from lte_scale.traffic import by_scope, fragment_traffic, of_node, step_traffic
 
 PAYLOAD_SHARE = 0.95
 """Of what a link carries, the rest being headers: TCP over IPv4 in Ethernet frames of 1514 bytes has 1448 of data."""
@@ -46,23 +46,35 @@ def gigabits(sent: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Bytes that leave a node in every step, and in the exchanges of one window of `every` steps."""
+    """Bytes that leave a node in every step, and in the exchanges of one window of `every` steps.
+
+    Attributes:
+        parts: those of each exchange, where there are several and their sizes are known.
+    """
 
     name: str
     step_bytes: float
     exchange_bytes: float
     every: int
+    parts: tuple[float, ...] = ()
 
     @property
     def window_bytes(self) -> float:
         return self.step_bytes * self.every + self.exchange_bytes
 
+    def exchanges(self, fragments: int) -> tuple[float, ...]:
+        """The bytes of each exchange of a window: `parts` where they are known, else so many of equal size."""
+        return self.parts or (self.exchange_bytes / fragments,) * fragments
+
 
 def lte_demand(a: Arrangement) -> Demand:
     """What LTE sends: its merges between nodes, and in every step what `base.scope: global` gathers from all nodes."""
-    of_merge = of_node(a, lambda a, rank: merge_traffic(a, rank, everywhere=True))
-    step, exchange = (by_scope(sent)["inter_node"] for sent in (of_node(a, step_traffic), of_merge))
-    return Demand("LTE", step, exchange, a.cadence.every)
+    step = by_scope(of_node(a, step_traffic))["inter_node"]
+    parts = tuple(
+        by_scope(of_node(a, lambda a, rank, fragment=fragment: fragment_traffic(a, rank, fragment)))["inter_node"]
+        for fragment in range(a.cadence.fragments)
+    )
+    return Demand("LTE", step, sum(parts), a.cadence.every, parts if len(parts) > 1 else ())
 
 
 def full_rank_demands(model: FullRank, a: Arrangement) -> Iterator[Demand]:
@@ -103,7 +115,7 @@ def predict(
 
     Args:
         delay: steps that run while an exchange is under way (`merge.delay`).
-        fragments: parts of equal size that a window's exchange is sent in, at different times (`merge.fragments`).
+        fragments: exchanges of a window, at different times (`merge.fragments`).
     """
     average = peak = stall = share = None
     if step_seconds is not None:
@@ -128,19 +140,19 @@ def predict(
 
 def exchange_stall(demand: Demand, link: Link, *, step_seconds: float, delay: int = 0, fragments: int = 1) -> float:
     """Seconds that the steps of a window wait for its exchanges: for each what `delay` steps do not hide."""
-    return fragments * max(0.0, link.seconds(demand.exchange_bytes / fragments) - delay * step_seconds)
+    return sum(max(0.0, link.seconds(part) - delay * step_seconds) for part in demand.exchanges(fragments))
 
 
 def _peak(demand: Demand, step_seconds: float, delay: int, fragments: int) -> float | None:
     rate = gigabits(demand.step_bytes) / step_seconds
     if not demand.exchange_bytes:
         return rate
-    return rate + gigabits(demand.exchange_bytes / fragments) / (delay * step_seconds) if delay else None
+    return rate + gigabits(max(demand.exchanges(fragments))) / (delay * step_seconds) if delay else None
 
 
 def hiding_delay(demand: Demand, link: Link, *, step_seconds: float, fragments: int = 1) -> int:
     """The smallest delay, in steps, with which no step waits for an exchange."""
-    steps = link.seconds(demand.exchange_bytes / fragments) / step_seconds
+    steps = link.seconds(max(demand.exchanges(fragments))) / step_seconds
     return math.ceil(round(steps, 9))  # a last bit must not make it a step more
 
 

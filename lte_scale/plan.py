@@ -11,9 +11,11 @@ from typing import Any
 
 from lte_scale.collectives import SCOPES
 from lte_scale.config import check_topology, load_config
-from lte_scale.estimate import Plan, make_plan, path_rows
+from lte_scale.estimate import Plan, Traces, make_plan, path_rows
+from lte_scale.fit import MARGIN, fit, fit_lines
 from lte_scale.link import Forecast, forecast
 from lte_scale.quantities import rate, seconds, share, size
+from lte_scale.suggest import suggest, suggestion_lines
 from lte_scale.traffic import Traffic, by_scope
 
 
@@ -29,6 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step-seconds", type=float, metavar="S", help="measured time of a step, to predict rates and waiting"
     )
+    parser.add_argument(
+        "--suggest",
+        action="store_true",
+        help="with both: merge options with which steps hardly wait for the link, to be added to the command line",
+    )
+    parser.add_argument(
+        "--fit", type=float, metavar="GB", help="memory of one accelerator, 10^9 bytes: the batch and GPUs that fit"
+    )
+    parser.add_argument(
+        "--margin", type=float, metavar="SHARE", help=f"share of it that --fit leaves alone (default {MARGIN})"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -43,17 +56,36 @@ def run(args: argparse.Namespace) -> int:
     for option, value in (("--nodes", args.nodes), ("--ranks-per-node", args.ranks_per_node)):
         if value < 1:
             raise ValueError(f"{option}: {value} is too small; give a number from 1 on")
-    _check_link(args.link_gbit, args.step_seconds)
+    _check_link(args.link_gbit, args.step_seconds, args.suggest)
+    _check_fit(args.fit, args.margin)
     check_topology(config, args.nodes, args.ranks_per_node)
-    plan = make_plan(config, nodes=args.nodes, ranks_per_node=args.ranks_per_node)
-    found = None
+    place = {"nodes": args.nodes, "ranks_per_node": args.ranks_per_node}
+    traces = Traces(config)
+    plan = make_plan(config, **place, traces=traces)
+    found = suggestion = fitting = None
     if args.link_gbit is not None:
         found = forecast(plan.arrangement, plan.full_rank, gbit=args.link_gbit, step_seconds=args.step_seconds)
-    print(json.dumps(as_object(plan, found), indent=2) if args.json else "\n".join(lines(plan, found)))
+    if args.suggest:
+        suggestion = suggest(config, traces, **place, gbit=args.link_gbit, step_seconds=args.step_seconds)
+    if args.fit is not None:
+        margin = MARGIN if args.margin is None else args.margin
+        fitting = fit(config, traces, **place, gigabytes=args.fit, margin=margin)
+    if args.json:
+        more = {"link": found, "suggestion": suggestion, "fit": fitting}
+        print(json.dumps(as_object(plan) | {key: asdict(part) for key, part in more.items() if part}, indent=2))
+        return 0
+    for line in lines(plan, found):
+        print(line)
+    if suggestion:
+        print("\n".join(suggestion_lines(suggestion)))
+    if fitting:
+        print("\n".join(fit_lines(fitting)))
     return 0
 
 
-def _check_link(gbit: float | None, step_seconds: float | None) -> None:
+def _check_link(gbit: float | None, step_seconds: float | None, wanted: bool) -> None:
+    if wanted and step_seconds is None:
+        raise ValueError("--suggest: needs --link-gbit and --step-seconds, to know how long steps would wait")
     for option, value in (("--link-gbit", gbit), ("--step-seconds", step_seconds)):
         if value is not None and not (0 < value < math.inf):
             raise ValueError(f"{option}: {value:g} is no such number; give one above 0")
@@ -61,8 +93,17 @@ def _check_link(gbit: float | None, step_seconds: float | None) -> None:
         raise ValueError(f"--step-seconds: {step_seconds:g} without --link-gbit; give the bandwidth of a node's link")
 
 
-def as_object(plan: Plan, found: Forecast | None = None) -> dict[str, Any]:
-    """The plan for `--json`: bytes as integers, traffic per node as scope -> purpose -> bytes; `link` if forecast."""
+def _check_fit(gigabytes: float | None, margin: float | None) -> None:
+    if gigabytes is not None and not 0 < gigabytes < math.inf:
+        raise ValueError(f"--fit: {gigabytes:g} is no such memory; give the GB of one accelerator, for example 80")
+    if margin is not None and not 0 <= margin < 1:
+        raise ValueError(f"--margin: {margin:g} is no such share; give one from 0 on and below 1, for example {MARGIN}")
+    if margin is not None and gigabytes is None:
+        raise ValueError(f"--margin: {margin:g} without --fit; give the memory of one accelerator in GB")
+
+
+def as_object(plan: Plan) -> dict[str, Any]:
+    """The plan for `--json`: bytes as integers, traffic per node as scope -> purpose -> bytes."""
     a = plan.arrangement
     shapes, topology = a.shapes, a.topology
     traffic = {
@@ -94,7 +135,6 @@ def as_object(plan: Plan, found: Forecast | None = None) -> dict[str, Any]:
             }
             for method in plan.methods
         ],
-        **({"link": asdict(found)} if found else {}),
     }
 
 

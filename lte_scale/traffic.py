@@ -95,12 +95,18 @@ def step_traffic(a: Arrangement, rank: int) -> Traffic:
 
 def merge_traffic(a: Arrangement, rank: int, *, everywhere: bool) -> Traffic:
     """A merge of all heads of a node, or (`everywhere`) of all nodes; purposes as in `merge` and `replicas`."""
+    fragments = range(a.cadence.fragments)
     if not everywhere:
-        return _in_node(a, rank, range(a.cadence.fragments), replicas=True)
-    sets = dict.fromkeys(range(a.cadence.fragments), a.merges_sent)
+        return _in_node(a, rank, fragments, replicas=True)
+    return sum((fragment_traffic(a, rank, fragment) for fragment in fragments), Traffic())
+
+
+def fragment_traffic(a: Arrangement, rank: int, fragment: int) -> Traffic:
+    """What a merge of all nodes sends for one fragment; the replica parameters go with fragment 0."""
+    sets = {fragment: a.merges_sent}
     if not a.cadence.delay:
         return _at_once(a, rank, sets)
-    return _in_node(a, rank, sets, replicas=True) + _landing(a, rank, sets)
+    return _in_node(a, rank, sets, replicas=fragment == 0) + _landing(a, rank, sets)
 
 
 def _in_node(a: Arrangement, rank: int, fragments: Container[int], *, replicas: bool) -> Traffic:

@@ -29,6 +29,8 @@ LAYERS: dict[int, set[str]] = {
         "preflight",
         "estimate",
         "link",
+        "fit",
+        "suggest",
         "export",
         "cli",
         "__main__",

@@ -29,7 +29,15 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         ConfigError: one line naming the key, the value, and what is allowed.
     """
     tree = {} if path is None else _read(Path(path))
-    config = typing.cast(Config, _section(Config, tree, "", "" if path is None else f"{path}: "))
+    return overridden(typing.cast(Config, _section(Config, tree, "", "" if path is None else f"{path}: ")), overrides)
+
+
+def overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with `a.b=c` overrides, checked.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
     for override in overrides:
         config = _override(config, override)
     config = translated(config)
