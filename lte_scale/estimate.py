@@ -83,6 +83,8 @@ def make_plan(config: Config, *, nodes: int, ranks_per_node: int) -> Plan:
     a = Arrangement(shapes_of(heads, list(blocks)), topology, config)
     for layer in heads.linears.values():
         layer.folded = a.folded
+        if config.base.quantised:
+            layer.base.quantise(config.base.precision)
     activations = _activations(config, topology, model, list(blocks.values()), heads)
     spent = memory(a, activations=activations["checkpointed" if config.train.checkpoint_activations else "kept"])
     window = of_node(a, lambda a, rank: run_traffic(a, rank, config.merge.every))
