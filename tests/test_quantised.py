@@ -16,7 +16,19 @@ from lte_scale.assemble import LTE, assemble
 from lte_scale.codec import Codec
 from lte_scale.collectives import Collectives
 from lte_scale.config import load_config
-from lte_scale.config.schema import AdaptersConfig, Config, EngineConfig, MergeConfig, OptimizerConfig, TrainConfig
+from lte_scale.config.schema import (
+    AdaptersConfig,
+    BaseConfig,
+    Config,
+    EngineConfig,
+    MergeConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from lte_scale.engines.base import SingleEngine
+from lte_scale.estimate import Plan, make_plan
+from lte_scale.model import attach, build
 from lte_scale.topology import Topology
 from tests.reference import CLASSES, TINY
 
@@ -187,6 +199,42 @@ def test_a_quantised_base_learns(precision: str) -> None:
     plain, quantised = losses("auto"), losses(precision)
     assert quantised[-1] < 0.8 * quantised[0]
     assert quantised[0] != plain[0]
+
+
+def vit_l(precision: str) -> tuple[Plan, dict[str, int]]:
+    """ViT-L, rank 64, in one process with the master in CPU memory: the plan, and bytes of the tensors there are."""
+    config = Config(
+        model=ModelConfig(name="vit_large_patch16_224", num_classes=1000),
+        adapters=AdaptersConfig(rank=64),
+        engine=EngineConfig(name="none"),
+        base=BaseConfig(precision=precision, offload="cpu"),
+        train=TrainConfig(precision="bf16", batch_size=1),
+    )
+    planned = make_plan(config, nodes=1, ranks_per_node=1)
+    meta = torch.device("meta")
+    model = build(config.model, 1000, seed=0)
+    with meta:
+        heads = attach(model, config.adapters, range(1), seed=0)
+    for layer in heads.linears.values():
+        layer.base.quantise(precision)
+    SingleEngine(model, heads, BaseConfig(), device=meta, compute_dtype=torch.bfloat16)
+    held = sum(layer.base.weight.nbytes for layer in heads.linears.values())
+    trained = sum(parameter.nbytes for parameter in heads.parameters().values())
+    replicas = sum(parameter.nbytes for parameter in heads.replicas.values())
+    return planned, {"held": held, "trained": trained, "replicas": replicas}
+
+
+@pytest.mark.parametrize(("precision", "most"), [("nf4", 1 / 8), ("int8", 1 / 6)])
+def test_the_state_of_vit_l_is_a_small_part_of_full_rank_adamws(precision: str, most: float) -> None:
+    planned, found = vit_l(precision)
+    memory = planned.memory
+    assert memory.gathered == found["held"]
+    assert memory.factors + memory.replicas == memory.gradients == found["trained"]
+    assert memory.optimizer_state == 2 * found["trained"]
+    assert memory.master == found["replicas"]
+    assert memory.cpu == 4 * sum(layer.values for layer in planned.arrangement.shapes.layers.values())
+    state = found["held"] + 4 * found["trained"] + found["replicas"]
+    assert state < most * 16 * planned.arrangement.shapes.values
 
 
 @pytest.mark.parametrize(
