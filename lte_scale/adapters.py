@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte_scale.apex import LayerNorm
+from lte_scale.codec import Codec
 from lte_scale.low_rank import compute_dtype, low_rank_linear
 
 
@@ -61,18 +62,49 @@ def lte_linear_reference(
 
 
 class BaseWeight(nn.Module):
-    """The frozen dense weight W [O, I] of a layer: a module of its own, which an engine can gather for its call."""
+    """The frozen dense weight W [O, I] of a layer: a module of its own, which an engine can gather for its call.
+
+    Attributes:
+        weight: W, or in a `quantised` precision its bytes [O, S], row by row (`codec`).
+        master: with a quantised weight the engine's way to W in a dtype, from the fp32 parts of all ranks.
+    """
+
+    master: Callable[[torch.dtype], Tensor]
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
+        self.shape, self.quantised = shape, ""
         self.weight = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
 
+    def quantise(self, precision: str) -> None:
+        """Hold the weight in `precision`; before an engine gives it memory."""
+        out, into = self.shape
+        self.quantised = precision
+        held = torch.empty(out, Codec(precision).size(into), dtype=torch.uint8, device="meta")
+        self.weight = nn.Parameter(held, requires_grad=False)
+
+    def renew(self, held: Tensor, part: Tensor, device: torch.device) -> None:
+        """Write fp32 `part`, whole rows of W, flat, to the same rows of what is held; computed on `device`."""
+        if self.quantised:
+            held.copy_(Codec(self.quantised).encode(part.view(-1, self.shape[1]).to(device)))
+        else:
+            held.view(-1).copy_(part)
+
     def forward(self, x: Tensor, bias: Tensor | None = None, *factors: Tensor | None) -> Tensor:
-        """`W x + b`; or with `factors` (A, B, A', B') `low_rank_linear`, b [H, O]."""
+        """`W x + b`; or with `factors` (A, B, A', B') `low_rank_linear`, b [H, O].
+
+        Without heads a quantised weight is not read but the master: what is evaluated is what is exported.
+        """
         if not factors:
-            return F.linear(x, self.weight.to(compute_dtype(x)), bias)
+            return self._of_master(x, bias) if self.quantised else F.linear(x, self.weight.to(compute_dtype(x)), bias)
         A, B, *previous = factors
-        return low_rank_linear(x, self.weight.to(x.dtype), cast(Tensor, A), cast(Tensor, B), bias, *previous)
+        weight = self.weight if self.quantised else self.weight.to(x.dtype)
+        return low_rank_linear(x, weight, cast(Tensor, A), cast(Tensor, B), bias, *previous, quantised=self.quantised)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _of_master(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`W x + b`; bringing W together is no part of a compiled block."""
+        return F.linear(x, self.master(compute_dtype(x)), bias)
 
 
 class LTELinear(nn.Module):

@@ -140,9 +140,10 @@ class Arrangement:
         return self.topology.world_size if self.config.base.crosses_nodes else self.topology.ranks_per_node
 
     @property
-    def compute_bytes(self) -> int:
-        """Bytes of a gathered value."""
-        return 2 if self.config.train.bf16 else FP32
+    def held(self) -> Codec:
+        """How the weights that products read are held and gathered, row by row."""
+        base = self.config.base
+        return Codec(base.precision if base.quantised else "bf16" if self.config.train.bf16 else "fp32")
 
     def shard(self, name: str, rank: int) -> Slice:
         """The part of weight `name` that the engine stores at global rank `rank`."""
@@ -152,6 +153,11 @@ class Arrangement:
     def part(self, name: str) -> int:
         """Values of a weight in one shard of the engine; the last shards hold fewer, but send as many."""
         return length(self.shard(name, 0))
+
+    def part_bytes(self, name: str) -> int:
+        """Bytes of the same as gathered."""
+        rows, rest = divmod(self.part(name), self.shapes.layers[name].into)  # a rest with flat shards alone
+        return rows * self.held.size(self.shapes.layers[name].into) + self.held.size(rest)
 
     def ownership(self, name: str, rank: int, stored: Callable[[str, int], Slice] | None = None) -> Ownership:
         """The parts of weight `name` at global rank `rank`; `stored` is `shard`, or the engine's own word for it."""
@@ -243,8 +249,8 @@ class Arrangement:
         return -(-self.shapes.replica_values // self.topology.ranks_per_node)
 
     def units(self) -> dict[str, int]:
-        """Values of each gathered unit, padding included; the empty name is what lies outside of the blocks."""
+        """Bytes of each gathered unit, padding included; the empty name is what lies outside of the blocks."""
         sizes: Counter[str] = Counter()
         for name, layer in self.shapes.layers.items():
-            sizes[layer.unit] += self.part(name) * self.engine_ranks
+            sizes[layer.unit] += self.part_bytes(name) * self.engine_ranks
         return dict(sizes)

@@ -69,6 +69,8 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
     arrangement = Arrangement(shapes_of(heads), collectives.topology, config)
     for layer in heads.linears.values():
         layer.folded = arrangement.folded
+        if config.base.quantised:
+            layer.base.quantise(config.base.precision)
         if not config.adapters.alpha:
             layer.scale = dense_equivalent_scale(1 if alike else collectives.topology.heads)
     for module in model.modules():
@@ -81,7 +83,7 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
     engine: Engine
     if config.engine.name == "none" or not heads.linears:  # without a base there is nothing to shard
-        engine = SingleEngine(model, heads, device, dtype)
+        engine = SingleEngine(model, heads, config.base, device=device, compute_dtype=dtype)
     elif config.engine.name == "fsdp":
         engine = FSDPEngine(model, heads, blocks, collectives, config.base, device=device, compute_dtype=dtype)
     else:

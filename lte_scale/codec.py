@@ -1,10 +1,13 @@
-"""Values as bytes for the link between nodes: fp32 and bf16 as they are, int8 and int4 in blocks with a scale each.
+"""Values as bytes, for the link between nodes and for a quantised base: in few bits in blocks with a scale each.
 
 A block is 64 values; its scale, a bf16 number, is its largest magnitude over 127 (int8) or 7 (int4), and values are
-rounded to the nearest multiple. Hence
+rounded to the nearest multiple. In nf4 the scale is the largest magnitude itself, and values are rounded to the nearest
+of 16 levels between -1 and 1: quantiles of the normal distribution, which weights are near to (arXiv 2305.14314,
+appendix E). Hence
 
-    error    at most half a scale: 1/253 of the block's largest magnitude (int8), 1/13 (int4); bf16: 1/256 of the value
-    twice    what a message decodes to encodes to the same message: the largest value always is 127 (or 7) scales
+    error    at most half a scale: 1/253 of the block's largest magnitude (int8), 1/13 (int4); bf16: 1/256 of the value;
+             nf4: half the distance of two levels, 1/6.5 of the largest magnitude far from zero, 1/22 near it
+    twice    what a message decodes to encodes to the same message: the largest value always is 127 (7, 1) scales
 
 A block with a value that is not finite decodes to NaN as a whole, so that it shows.
 """
@@ -18,14 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 64
-_LEVELS = {"int8": 127, "int4": 7}
+_LARGEST = {"int8": 127, "int4": 7, "nf4": 1}
+"""Scales in the largest magnitude of a block."""
+NF4 = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+])  # fmt: skip
+_NF4_BETWEEN = (NF4[1:] + NF4[:-1]) / 2
 _SCALE_BYTES = 2
 _SMALLEST = torch.finfo(torch.bfloat16).tiny  # below it bf16 has fewer digits: such a block counts as zero
 
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """`precision` is that of `merge.precision`. Everything is along the last dimension, row by row."""
+    """`precision`: fp32, bf16, int8, int4 or nf4. Everything is along the last dimension, row by row."""
 
     precision: str = "fp32"
 
@@ -46,17 +56,18 @@ class Codec:
             return _bits(values, torch.uint8)
         if self.precision == "bf16":
             return _bits(values.to(torch.bfloat16), torch.uint8)
-        levels, n = _LEVELS[self.precision], values.shape[-1]
+        largest, n = _LARGEST[self.precision], values.shape[-1]
         blocks = F.pad(values, (0, -n % BLOCK)).unflatten(-1, (-(-n // BLOCK), BLOCK))
-        scales = (blocks.abs().amax(-1) / levels).to(torch.bfloat16)
+        scales = (blocks.abs().amax(-1) / largest).to(torch.bfloat16)
         scales = scales.masked_fill(scales < _SMALLEST, 0.0).masked_fill(~scales.isfinite(), torch.nan)
-        multiples = (blocks / scales.float().unsqueeze(-1)).round_().clamp_(-levels, levels)
-        steps = multiples.nan_to_num_(0.0).to(torch.int8).flatten(-2)[..., :n]
-        if self.precision == "int4":
-            nibbles = _bits(F.pad(steps + 8, (0, n % 2)), torch.uint8)
-            packed = nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
+        multiples = (blocks / scales.float().unsqueeze(-1)).clamp_(-largest, largest).nan_to_num_(0.0)
+        multiples = multiples.flatten(-2)[..., :n]
+        if self.precision == "int8":
+            packed = _bits(multiples.round().to(torch.int8), torch.uint8)
         else:
-            packed = _bits(steps, torch.uint8)
+            steps = multiples.round() + 8 if self.precision == "int4" else _nearest_nf4(multiples)
+            nibbles = F.pad(steps.to(torch.uint8), (0, n % 2))
+            packed = nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
         return torch.cat([_bits(scales, torch.uint8), packed], -1)
 
     def decode(self, message: Tensor, values: int) -> Tensor:
@@ -67,11 +78,12 @@ class Codec:
             return _bits(message, torch.bfloat16).float()
         count = -(-values // BLOCK)
         scales, packed = message.split([_SCALE_BYTES * count, message.shape[-1] - _SCALE_BYTES * count], -1)
-        if self.precision == "int4":
-            steps = _bits(torch.stack([packed & 15, packed >> 4], -1).flatten(-2), torch.int8) - 8
+        if self.precision == "int8":
+            multiples = packed.view(torch.int8).float()
         else:
-            steps = _bits(packed, torch.int8)
-        blocks = F.pad(steps[..., :values].float(), (0, -values % BLOCK)).unflatten(-1, (count, BLOCK))
+            steps = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :values]
+            multiples = steps.float() - 8 if self.precision == "int4" else _levels(NF4, steps)[steps.int()]
+        blocks = F.pad(multiples, (0, -values % BLOCK)).unflatten(-1, (count, BLOCK))
         return (blocks * _bits(scales, torch.bfloat16).float().unsqueeze(-1)).flatten(-2)[..., :values]
 
     def rounded(self, values: Tensor) -> Tensor:
@@ -85,3 +97,13 @@ def _bits(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if flat.storage_offset() % dtype.itemsize:
         flat = flat.clone()
     return flat.view(dtype).view(*tensor.shape[:-1], tensor.shape[-1] * tensor.itemsize // dtype.itemsize)
+
+
+def _nearest_nf4(multiples: Tensor) -> Tensor:
+    """Indices of the nearest levels."""
+    return torch.bucketize(multiples.contiguous(), _levels(_NF4_BETWEEN, multiples))
+
+
+def _levels(table: Tensor, like: Tensor) -> Tensor:
+    """A table where `like` is, without making the host wait for the device."""
+    return table.to(like.device, non_blocking=True)

@@ -216,7 +216,7 @@ def _fake(model: nn.Module, in_bf16: Collection[str] = ()) -> Iterator[dict[str,
     with FakeTensorMode(allow_non_fake_inputs=True):
         tensors: dict[str, Tensor] = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            dtype = torch.bfloat16 if name in in_bf16 else tensor.dtype
+            dtype = torch.bfloat16 if name in in_bf16 and tensor.is_floating_point() else tensor.dtype
             tensors[name] = torch.empty(tensor.shape, dtype=dtype, device="cpu", requires_grad=tensor.requires_grad)
         yield tensors
 

@@ -88,8 +88,8 @@ class Traces:
             ValueError: if the number of classes is not known.
         """
         self.config, self.classes = config, _classes(config)
-        self._adapted: dict[int, Adapted] = {}
-        self._activations: dict[tuple[int, int, bool, bool], dict[str, int]] = {}
+        self._adapted: dict[tuple[int, str], Adapted] = {}
+        self._activations: dict[tuple[int, int, bool, bool, str], dict[str, int]] = {}
 
     def arrangement(self, config: Config, *, nodes: int, ranks_per_node: int) -> Arrangement:
         """
@@ -101,19 +101,20 @@ class Traces:
         if (ft := config.fault_tolerance).enabled:
             topology = replace(topology, first_node=ft.node, of_nodes=ft.nodes)
         # Shapes are those of one head: any number of them will do.
-        adapted = next(iter(self._adapted.values()), None) or self._with_heads(topology.heads_per_rank)
+        adapted = next(iter(self._adapted.values()), None) or self._with_heads(topology.heads_per_rank, "")
         return Arrangement(shapes_of(adapted.heads, list(adapted.blocks)), topology, config)
 
     def adapted(self, a: Arrangement) -> Adapted:
         """The model as rank 0 computes with it."""
-        adapted = self._with_heads(a.topology.heads_per_rank)
+        adapted = self._with_heads(a.topology.heads_per_rank, _quantised(a.config))
         for layer in adapted.heads.linears.values():
             layer.folded = a.folded
         return adapted
 
     def activations(self, a: Arrangement) -> dict[str, int]:
         """Bytes, `kept` and `checkpointed`."""
-        key = (a.topology.heads_per_rank, _images_per_rank(a.config, a.topology), a.config.train.bf16, a.folded)
+        images = _images_per_rank(a.config, a.topology)
+        key = (a.topology.heads_per_rank, images, a.config.train.bf16, a.folded, _quantised(a.config))
         if key not in self._activations:
             adapted = self.adapted(a)
             blocks = list(adapted.blocks.values())
@@ -125,13 +126,21 @@ class Traces:
         kept = "checkpointed" if a.config.train.checkpoint_activations else "kept"
         return memory(a, activations=self.activations(a)[kept])
 
-    def _with_heads(self, heads_per_rank: int) -> Adapted:
-        if heads_per_rank not in self._adapted:
+    def _with_heads(self, heads_per_rank: int, quantised: str) -> Adapted:
+        key = heads_per_rank, quantised
+        if key not in self._adapted:
             model = build(self.config.model, self.classes, seed=self.config.seed)
             with torch.device("meta"):
                 heads = attach(model, self.config.adapters, range(heads_per_rank), seed=self.config.seed)
-            self._adapted[heads_per_rank] = Adapted(model, heads, _blocks(model))
-        return self._adapted[heads_per_rank]
+            for layer in heads.linears.values() if quantised else ():
+                layer.base.quantise(quantised)
+            self._adapted[key] = Adapted(model, heads, _blocks(model))
+        return self._adapted[key]
+
+
+def _quantised(config: Config) -> str:
+    """The precision in which the base is held, if in few bits."""
+    return config.base.precision if config.base.quantised else ""
 
 
 def make_plan(config: Config, *, nodes: int, ranks_per_node: int, traces: Traces | None = None) -> Plan:

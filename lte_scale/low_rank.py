@@ -4,7 +4,8 @@ Of the three products of a trained dense layer two are left, `x W^T` and `g W`. 
 two ways, whichever touches less memory: with many rows `W + B A` is formed for the moment of a product, and again for
 that of the backward pass (nobody keeps it); with few rows `B (A x)` is added to what the product has written.
 
-In bf16 a formed weight is rounded as the weight of any mixed-precision training is.
+In bf16 a formed weight is rounded as the weight of any mixed-precision training is. A quantised weight is decoded just
+before a product, in the forward pass and again in the backward pass, and dropped after it.
 
 Shapes as in `adapters`: H heads, M rows per head, R rank, I in, O out; without H for one head.
 """
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lte_scale.codec import Codec
 
 _may_form = True
 
@@ -35,31 +38,34 @@ def as_written() -> Iterator[None]:
 
 def low_rank_linear(
     x: Tensor,
-    weight_OI: Tensor,
+    weight: Tensor,
     A_HRI: Tensor,
     B_HOR: Tensor,
     bias_HO: Tensor | None = None,
     A_prev_HRI: Tensor | None = None,
     B_prev_HOR: Tensor | None = None,
+    *,
+    quantised: str = "",
 ) -> Tensor:
     """`y_n = W x_n + B_n A_n x_n + b_n - B'_n A'_n x_n`, all in one dtype; W, A' and B' are constants.
 
     Args:
         x: [*, I], head-major.
+        weight: W [O, I], or its bytes [O, S] if `quantised` names the precision they are of (`codec`).
 
     Returns:
         y [*, O].
     """
-    heads, into = len(A_HRI), x.shape[-1]
+    heads, into, out = len(A_HRI), x.shape[-1], len(weight)
     rows = x.numel() // into // heads
-    formed = _may_form and rows * sum(weight_OI.shape) > 2 * weight_OI.numel()
+    formed = _may_form and rows * (out + into) > 2 * out * into
     factors = [A_HRI, B_HOR, bias_HO, A_prev_HRI, B_prev_HOR]
     if heads == 1:
         factors = [None if factor is None else factor[0] for factor in factors]
     x_HMI = x.reshape(-1, into) if heads == 1 else x.reshape(heads, -1, into)
-    y_HMO: Tensor = _LowRankLinear.apply(x_HMI, weight_OI, *factors, formed)
+    y_HMO: Tensor = _LowRankLinear.apply(x_HMI, weight, *factors, formed, quantised)
     # Not a view for autograd: models write in place on a layer's output, FSDP warns where one leaves the model.
-    y: Tensor = torch.ops.aten._unsafe_view(y_HMO, [*x.shape[:-1], len(weight_OI)])
+    y: Tensor = torch.ops.aten._unsafe_view(y_HMO, [*x.shape[:-1], out])
     return y
 
 
@@ -68,15 +74,17 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight_OI: Tensor,
+        weight: Tensor,
         A: Tensor,
         B: Tensor,
         bias: Tensor | None,
         A_prev: Tensor | None,
         B_prev: Tensor | None,
         formed: bool,
+        quantised: str,
     ) -> Tensor:
-        ctx.rank, ctx.formed = A.shape[-2], formed
+        ctx.rank, ctx.formed, ctx.quantised = A.shape[-2], formed, quantised
+        weight_OI = _dense(weight, x, quantised)
         if A_prev is not None and B_prev is not None:
             A, B = torch.cat((A, A_prev), -2), torch.cat((B, -B_prev), -1)
         h = None if formed else x @ A.mT
@@ -85,7 +93,7 @@ class _LowRankLinear(torch.autograd.Function):
             y = _plus(y, h, B.mT)
         ctx.save_for_backward(x, A, B, h)
         # Not saved: an engine may take the weight away in between, and checkpointing compares what is saved.
-        ctx.weight_OI = weight_OI
+        ctx.weight = weight
         return y
 
     @staticmethod
@@ -95,11 +103,17 @@ class _LowRankLinear(torch.autograd.Function):
         gh = g @ (B[..., :rank] if ctx.formed else B)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = g @ (_plus(ctx.weight_OI, B, A) if ctx.formed else ctx.weight_OI)
+            weight_OI = _dense(ctx.weight, x, ctx.quantised)
+            grad_x = g @ (_plus(weight_OI, B, A) if ctx.formed else weight_OI)
             grad_x = grad_x if ctx.formed else _plus(grad_x, gh, A)
         h = x @ A[..., :rank, :].mT if h is None else h[..., :rank]
         grad_bias = g.sum(-2) if ctx.needs_input_grad[4] else None
-        return grad_x, None, gh[..., :rank].mT @ x, g.mT @ h, grad_bias, None, None, None
+        return grad_x, None, gh[..., :rank].mT @ x, g.mT @ h, grad_bias, None, None, None, None
+
+
+def _dense(weight: Tensor, x: Tensor, quantised: str) -> Tensor:
+    """W [O, I] in the dtype of `x` [*, I]."""
+    return Codec(quantised).decode(weight, x.shape[-1]).to(x.dtype) if quantised else weight
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -47,13 +47,13 @@ def memory(a: Arrangement, *, activations: int) -> Memory:
     held = {name: a.ownership(name, 0) for name in layers}
     own = sum(length(ownership.own) for ownership in held.values())
     compute = sum(length(ownership.compute) for ownership in held.values())
-    beside = config.engine.name == "deepspeed" and config.train.bf16
+    beside = {"none": False, "fsdp": config.base.quantised, "deepspeed": config.train.bf16}[config.engine.name]
     weights = {
         "master": FP32 * own,
         "momentum": FP32 * own if config.merge.outer == "nesterov" else 0,
         "moving_average": FP32 * own if config.train.ema_decay else 0,
         "compute_shards": FP32 * compute if a.separate else 0,
-        "partitions": a.compute_bytes * sum(map(a.part, layers)) if beside else 0,
+        "partitions": sum(map(a.part_bytes, layers)) if beside else 0,
         "products": FP32 * _product_values(a) if a.resetless else 0,
     }
     offloaded = config.base.offload == "cpu"
@@ -67,7 +67,7 @@ def memory(a: Arrangement, *, activations: int) -> Memory:
         moving_average=kept["moving_average"] + (replicas if config.train.ema_decay else 0),
         compute_shards=kept["compute_shards"],
         partitions=kept["partitions"],
-        gathered=a.compute_bytes * _gathered_values(a),
+        gathered=_gathered_bytes(a),
         factors=FP32 * factors,
         previous_factors=FP32 * factors if a.resetless else 0,
         products=kept["products"],
@@ -83,16 +83,16 @@ def memory(a: Arrangement, *, activations: int) -> Memory:
     )
 
 
-def _gathered_values(a: Arrangement) -> int:
+def _gathered_bytes(a: Arrangement) -> int:
     units = a.units()
     if a.config.engine.name == "none":
-        return sum(units.values()) if a.config.train.bf16 else 0
+        return 0 if a.held.exact and a.config.base.offload == "none" else sum(units.values())
     if a.config.base.gather == "window":
         return sum(units.values())
     if a.config.engine.name == "deepspeed":
-        largest = max(map(a.part, a.shapes.layers)) * a.engine_ranks
-        return min(sum(units.values()), largest + PREFETCHED)
-    blocks = sorted((values for unit, values in units.items() if unit), reverse=True)
+        largest = max(map(a.part_bytes, a.shapes.layers)) * a.engine_ranks
+        return min(sum(units.values()), largest + a.held.size(PREFETCHED))
+    blocks = sorted((size for unit, size in units.items() if unit), reverse=True)
     return units.get("", 0) + sum(blocks[:2])  # the block at work, and the next one on its way
 
 

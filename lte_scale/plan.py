@@ -172,8 +172,9 @@ def _heading(plan: Plan) -> Iterator[str]:
     local += f" in {a.cadence.fragments} fragments" if a.cadence.fragments > 1 else ""
     local += f", {a.cadence.delay} steps under way" if a.cadence.delay else ""
     sent = "" if c.merge.precision == "fp32" else f", {c.merge.precision} between nodes"
+    precision = c.train.precision + (f", base in {c.base.precision}" if c.base.quantised else "")
     yield (
-        f"base: scope {c.base.scope}, gather {c.base.gather}, engine {c.engine.name}, {c.train.precision}; merge "
+        f"base: scope {c.base.scope}, gather {c.base.gather}, engine {c.engine.name}, {precision}; merge "
         f"every {c.merge.every} steps{local}{sent}; {c.adapters.mode}, outer {c.merge.outer}"
     )
     yield (

@@ -74,8 +74,8 @@ def gather_traffic(a: Arrangement, rank: int) -> Traffic:
     links = Links(a.topology, rank)
     if a.engine_ranks > 1:
         group = links.world if a.engine_ranks == a.topology.world_size else links.node
-        for values in a.units().values():
-            links.all_gather(group, "base", values // a.engine_ranks * a.compute_bytes)
+        for unit in a.units().values():
+            links.all_gather(group, "base", unit // a.engine_ranks)
     return links.sent
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lte_scale.arrangement import Arrangement
+from lte_scale.codec import Codec
 from lte_scale.config.schema import Config, ModelConfig
 from lte_scale.cost import shapes_of
 from lte_scale.initial import base_slice
@@ -37,7 +38,10 @@ def head_batch(step: int, head: int, size: int) -> Batch:
 
 
 class Reference:
-    """`nodes` x `heads_per_node` heads trained one after another."""
+    """`nodes` x `heads_per_node` heads trained one after another.
+
+    With a quantised base they compute with what it decodes to, held as plain weights.
+    """
 
     def __init__(self, config: Config, nodes: int, heads_per_node: int) -> None:
         self.config, self.nodes, self.heads_per_node = config, nodes, heads_per_node
@@ -64,6 +68,7 @@ class Reference:
         self.replica_masters = {name: p.detach().clone() for name, p in self.heads[0].replicas.items()}
         self.momenta: dict[str, Tensor] = {}
         self.node_weights = [{n: w.clone() for n, w in self.masters.items()} for _ in range(nodes)]
+        self.held = Codec(config.base.precision if config.base.quantised else "fp32")
         self._write_weights()
         shapes = Arrangement(shapes_of(self.heads[0]), Topology(nodes=nodes), config)
         self.cadence, self.fragment_of = shapes.cadence, shapes.fragment_of
@@ -73,9 +78,8 @@ class Reference:
     def _write_weights(self) -> None:
         for head, heads in enumerate(self.heads):
             for name, layer in heads.linears.items():
-                layer.base.weight = nn.Parameter(
-                    self.node_weights[head // self.heads_per_node][name], requires_grad=False
-                )
+                weight = self.held.rounded(self.node_weights[head // self.heads_per_node][name])
+                layer.base.weight = nn.Parameter(weight, requires_grad=False)
 
     def run(self, steps: int, batches: Callable[[int, int], Batch], *, whole: bool = False) -> None:
         """`whole`: the last step ends the run."""
@@ -128,6 +132,7 @@ class Reference:
         if last or not self.cadence.delay:
             for fragment in departing:
                 self._land(fragment)
+        self._write_weights()
         self._restart_optimizers()
 
     def _mean_of_replicas(self) -> None:

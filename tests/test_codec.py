@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lte_scale.codec import BLOCK, Codec
+from lte_scale.codec import BLOCK, NF4, Codec
 
-PRECISIONS = ["fp32", "bf16", "int8", "int4"]
+PRECISIONS = ["fp32", "bf16", "int8", "int4", "nf4"]
 LOSSY = PRECISIONS[1:]
 
 
@@ -40,9 +42,9 @@ def test_a_message(precision: str, shape: tuple[int, ...], seed: int, spread: fl
     assert decoded.shape == given_.shape and decoded.dtype == torch.float32
     assert torch.equal(codec.encode(decoded), message)
     assert torch.equal(codec.rounded(decoded), decoded)
-    bound = {"fp32": 0.0, "bf16": 2.0**-8, "int8": 1 / 253, "int4": 1 / 13}[precision]
+    bound = {"fp32": 0.0, "bf16": 2.0**-8, "int8": 1 / 253, "int4": 1 / 13, "nf4": 1 / 6.5}[precision]
     largest = given_.abs()
-    if precision.startswith("int"):
+    if precision in ("int8", "int4", "nf4"):
         blocks = torch.nn.functional.pad(largest, (0, -shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
         largest = blocks.amax(-1, keepdim=True).expand_as(blocks).flatten(-2)[..., : shape[-1]]
     assert ((decoded - given_).abs() <= bound * largest + 127 * torch.finfo(torch.bfloat16).tiny).all()
@@ -55,6 +57,7 @@ def test_a_message(precision: str, shape: tuple[int, ...], seed: int, spread: fl
         ("bf16", {1: 2, 64: 128, 65: 130}),
         ("int8", {1: 3, 64: 66, 65: 69}),
         ("int4", {1: 3, 64: 34, 65: 37}),
+        ("nf4", {1: 3, 64: 34, 65: 37}),
     ],
 )
 def test_sizes_by_hand(precision: str, sizes: dict[int, int]) -> None:
@@ -63,7 +66,7 @@ def test_sizes_by_hand(precision: str, sizes: dict[int, int]) -> None:
     assert Codec(precision).rounded(torch.empty(2, 0)).shape == (2, 0)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", ["int8", "int4", "nf4"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_shows_in_its_block_alone(precision: str, bad: float) -> None:
     given_ = torch.ones(3 * BLOCK)
@@ -72,6 +75,27 @@ def test_what_is_not_finite_shows_in_its_block_alone(precision: str, bad: float)
     assert decoded[BLOCK : 2 * BLOCK].isnan().all()
     assert torch.allclose(decoded[:BLOCK], torch.ones(BLOCK), rtol=0.01)
     assert torch.allclose(decoded[2 * BLOCK :], torch.ones(BLOCK), rtol=0.01)
+
+
+def test_the_levels_of_nf4_are_quantiles_of_the_normal_distribution() -> None:
+    """As arXiv 2305.14314 builds them: 8 quantiles on one side, 7 on the other and zero, the outermost made 1."""
+    quantile, edge = NormalDist().inv_cdf, 0.9677083
+    positive = [quantile(edge + (0.5 - edge) * i / 8) for i in range(8)]
+    negative = [-quantile(edge + (0.5 - edge) * i / 7) for i in range(7)]
+    levels = torch.tensor(sorted([*positive, 0.0, *negative]), dtype=torch.float64) / positive[0]
+    torch.testing.assert_close(NF4.double(), levels, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_nf4_takes_the_nearest_level_in_float64(spread: float) -> None:
+    given_ = values((5, 200), 4, spread)
+    blocks = torch.nn.functional.pad(given_, (0, -200 % BLOCK)).unflatten(-1, (-1, BLOCK)).double()
+    scales = blocks.abs().amax(-1, keepdim=True).bfloat16().double()
+    levels = scales.unsqueeze(-1) * NF4.double()
+    distances = (blocks.unsqueeze(-1) - levels).abs()
+    nearest = distances.amin(-1).flatten(-2)[..., :200]
+    off = (Codec("nf4").rounded(given_).double() - given_.double()).abs()
+    torch.testing.assert_close(off, nearest, rtol=1e-5, atol=1e-6 * given_.abs().max().item())
 
 
 def test_bf16_keeps_what_is_not_finite() -> None:

@@ -118,15 +118,17 @@ def test_saved_activations_equal_those_of_a_real_pass(heads: int, bf16: bool) ->
 WIDER = ModelConfig(name="vit_tiny_patch16_224", image_size=64, arguments={"embed_dim": 96, "depth": 3, "num_heads": 3})
 
 
-def really_held(heads: int, *, bf16: bool, checkpointed: bool) -> tuple[int, int]:
+def really_held(heads: int, *, bf16: bool, checkpointed: bool, base: str = "auto") -> tuple[int, int]:
     """Bytes planned for activations, and the most alive in a real training step beside parameters and gradients."""
     model = build(WIDER, CLASSES, seed=0)
     found = attach(model, AdaptersConfig(rank=8, alpha=8), range(heads), seed=0)
+    for layer in found.linears.values() if base != "auto" else ():
+        layer.base.quantise(base)
     blocks = [parent.get_submodule(name) for parent, name in repeated_blocks(model)]
     weights = {f"{name}.base.weight" for name in found.linears}
     planned = saved_activations(model, blocks, batch=8, image_size=64, bf16=bf16, gathered=weights)
     materialise(model, torch.device("cpu"))
-    for layer in found.linears.values():
+    for layer in found.linears.values() if base == "auto" else ():
         layer.base.weight.data = layer.base.weight.data.to(torch.bfloat16 if bf16 else torch.float32)
     wrap_blocks(model, checkpoint_activations=checkpointed, compile=False)
     for parameter in found.parameters().values():
@@ -145,6 +147,13 @@ def really_held(heads: int, *, bf16: bool, checkpointed: bool) -> tuple[int, int
 @pytest.mark.parametrize("heads", [1, 4])
 def test_activations_are_the_peak_of_a_real_step(heads: int, bf16: bool, checkpointed: bool) -> None:
     planned, held = really_held(heads, bf16=bf16, checkpointed=checkpointed)
+    assert planned == pytest.approx(held, rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_the_peak_of_a_real_step_with_weights_decoded_in_it(base: str, checkpointed: bool) -> None:
+    planned, held = really_held(1, bf16=True, checkpointed=checkpointed, base=base)
     assert planned == pytest.approx(held, rel=0.05)
 
 

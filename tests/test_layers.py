@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "lte_scale"
 LAYERS: dict[int, set[str]] = {
     0: {"cadence", "config", "schedules", "scaling_rule", "log", "quantities"},
     1: {"topology", "timing", "precision", "collectives", "apex"},
-    2: {"adapters", "low_rank", "initial", "live", "model", "cost"},
+    2: {"adapters", "codec", "low_rank", "initial", "live", "model", "cost"},
     3: {"archive", "augment", "damage", "data", "index", "loader", "order", "reading", "shards", "sources"},
     4: {"engines", "adam", "checksums", "optim", "storage"},
     5: {"merge", "evaluate", "checkpoint", "metrics", "report", "preemption", "health", "watchdog", "profiling"},
@@ -45,7 +45,6 @@ PARTS = {
     "agreement": {"apart", "merge", "launch"},
     "apart": set[str](),
     "arrangement": {"apart", "merge", "copies", "products", "dense", "traffic", "memory", "baselines"},
-    "codec": {"arrangement", "exchange", "feedback", "replicas", "copies"},
     "copies": {"merge"},
     "dense": {"apart", "merge", "products"},
     "exchange": {"apart", "merge", "products", "health"},

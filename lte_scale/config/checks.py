@@ -87,10 +87,15 @@ def _merge_and_base(config: Config) -> None:
             f"merge.outer_lr, merge.outer_momentum: {merge.outer_lr:g}, {merge.outer_momentum:g} have no meaning for "
             "merge.outer 'average'; use merge.outer=nesterov or leave them out"
         )
-    if config.engine.name == "none" and (base.scope, base.gather, base.offload) != ("node", "pass", "none"):
+    if config.engine.name == "none" and (base.scope, base.gather) != ("node", "pass"):
         raise ConfigError(
-            f"engine.name: 'none' shards nothing, so base.scope {base.scope!r}, base.gather {base.gather!r} and "
-            f"base.offload {base.offload!r} have no meaning; leave them out or use engine=fsdp"
+            f"engine.name: 'none' shards nothing, so base.scope {base.scope!r} and base.gather {base.gather!r} have no "
+            "meaning; leave them out or use engine=fsdp"
+        )
+    if config.engine.name == "deepspeed" and base.quantised:
+        raise ConfigError(
+            f"base.precision: {base.precision!r} with engine.name 'deepspeed', which gathers floating-point numbers "
+            "alone; use engine=fsdp or base.precision=auto"
         )
     if config.engine.deepspeed_config and config.engine.name != "deepspeed":
         raise ConfigError(

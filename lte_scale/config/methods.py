@@ -65,6 +65,7 @@ def check_method(config: Config) -> None:
             (bool(adapters.rank_by_layer), f"adapters.rank_by_layer: {dict(adapters.rank_by_layer)}", why),
             (base.scope == "global", "base.scope: 'global'", why),
             (base.offload != "none", f"base.offload: {base.offload!r}", why),
+            (base.quantised, f"base.precision: {base.precision!r}", why),
             (config.engine.name == "deepspeed", "engine.name: 'deepspeed'", why),
             (merge.fragments > 1, f"merge.fragments: {merge.fragments}", why),
             (merge.weight_decay > 0, f"merge.weight_decay: {merge.weight_decay:g}", why + "; optimizer.weight_decay"),

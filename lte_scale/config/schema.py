@@ -99,6 +99,17 @@ class BaseConfig:
         "cpu: this rank's parts of the weights are kept in CPU memory and copied to the accelerator on use.",
         one_of=("none", "cpu"),
     )
+    precision: str = option(
+        "auto",
+        "auto: products read weights held in their own precision; int8, nf4: in 8 or 4 bits with a scale for 64 "
+        "values, decoded for each product, beside the fp32 parts that merges add to (docs/engines.md).",
+        one_of=("auto", "int8", "nf4"),
+    )
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights are held in other values than those of the master."""
+        return self.precision != "auto"
 
     @property
     def crosses_nodes(self) -> bool:

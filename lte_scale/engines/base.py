@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lte_scale.adapters import LTELinear
+from lte_scale.config.schema import BaseConfig
 from lte_scale.initial import base_slice
 from lte_scale.model import Heads
 
@@ -95,13 +97,13 @@ def wrap_blocks(model: nn.Module, *, checkpoint_activations: bool, compile: bool
 def materialise(model: nn.Module, device: torch.device, weights: torch.device | None = None) -> None:
     """Move `model` to `device`, and what was on the meta device, the dense weights, to `weights` if they are offloaded.
 
-    The weights become NaN, so that a forgotten initialisation shows.
+    The weights become NaN, so that a forgotten initialisation shows; bytes of quantised ones too.
     """
 
     def move(tensor: Tensor) -> Tensor:
         if not tensor.is_meta:
             return tensor.to(device)
-        return torch.full_like(tensor, math.nan, device=weights or device)
+        return torch.full_like(tensor, math.nan if tensor.is_floating_point() else 255, device=weights or device)
 
     model._apply(move)
 
@@ -125,23 +127,42 @@ def fill_base(engine: Engine, heads: Heads, *, rank: int, seed: int) -> None:
 
 
 class SingleEngine:
-    """`engine: none`: one process that holds the whole base, and in bf16 a copy to compute with, cast at each edit."""
+    """`engine: none`: one process that holds the whole base.
+
+    What products read is the fp32 weights themselves, or a copy that is renewed at each edit: in bf16, quantised, or
+    of weights in CPU memory.
+    """
 
     tied_steps = 0
 
-    def __init__(self, model: nn.Module, heads: Heads, device: torch.device, compute_dtype: torch.dtype) -> None:
-        self.model, self.heads = model, heads
+    def __init__(
+        self, model: nn.Module, heads: Heads, base: BaseConfig, *, device: torch.device, compute_dtype: torch.dtype
+    ) -> None:
+        self.model, self.device = model, device
+        self.bases = {name: layer.base for name, layer in heads.linears.items()}
+        home = torch.device("cpu") if base.offload == "cpu" else device
+        for held in self.bases.values():
+            if not held.quantised:
+                held.weight.data = held.weight.data.to(compute_dtype)
         materialise(model, device)
-        bases = {name: layer.base for name, layer in heads.linears.items()}
-        self.weights = {name: base.weight.data.view(-1) for name, base in bases.items()}
-        for base in bases.values():
-            base.weight.data = base.weight.data.to(compute_dtype)
+        self.parts = {name: self._part(name, home) for name in self.bases}
+        for name, held in self.bases.items():
+            held.master = partial(self._whole, name)
+
+    def _part(self, name: str, home: torch.device) -> Tensor:
+        held = self.bases[name]
+        if held.weight.dtype == torch.float32 and home.type == self.device.type:
+            return held.weight.data.view(-1)
+        return torch.full((math.prod(held.shape),), math.nan, device=home)
+
+    def _whole(self, name: str, dtype: torch.dtype) -> Tensor:
+        return self.parts[name].to(self.device, dtype).view(self.bases[name].shape)
 
     def slice_of(self, name: str, rank: int) -> Slice:
-        return 0, self.heads.linears[name].base.weight.numel()
+        return 0, math.prod(self.bases[name].shape)
 
     @contextmanager
     def editable(self) -> Iterator[Mapping[str, Tensor]]:
-        yield self.weights
-        for name, layer in self.heads.linears.items():
-            layer.base.weight.data.view(-1).copy_(self.weights[name])
+        yield self.parts
+        for name, held in self.bases.items():
+            held.renew(held.weight.data, self.parts[name], self.device)
