@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,11 @@ LARGE = Config(
 STATE = ("master", "compute_shards", "partitions", "gathered", "factors", "replicas", "gradients", "optimizer_state")
 
 
+def rate(step: int, total: int) -> Callable[[float], float]:
+    """From a peak learning rate to that of a step."""
+    return lambda peak: lr_at(step, name="cosine", peak=peak, total=total, warmup=20, decay=0, final_ratio=0.01)
+
+
 def images_and_labels(split: str) -> tuple[Tensor, Tensor]:
     """All of a split, [n, 1, 28, 28] between -1 and 1, and their classes."""
     with gzip.open(SOURCE / f"{split}-images-idx3-ubyte.gz") as file:
@@ -111,12 +117,7 @@ def compare(seed: int, steps: int, batch_size: int, train: tuple[Tensor, Tensor]
                 logits = lte.model(images).float()
             losses = F.cross_entropy(logits, labels, reduction="none").view(HEADS, -1).mean(1)
             losses.sum().backward()
-            lte.optimizer.step(
-                losses.detach(),
-                lambda peak, step=step: lr_at(
-                    step, name="cosine", peak=peak, total=steps, warmup=20, decay=0, final_ratio=0.01
-                ),
-            )
+            lte.optimizer.step(losses.detach(), rate(step, steps))
             if lte.merger.due(step) or step == steps:
                 lte.merger.merge(step, last=step == steps)
             spent[name] += time.perf_counter() - began

@@ -172,6 +172,7 @@ class _Search:
             ("base.gather=pass",),
             ("train.checkpoint_activations=true",),
             ("base.offload=cpu",),
+            ("base.precision=nf4",),
             ("base.scope=global", "base.gather=pass"),
         ]
         for options in tried:

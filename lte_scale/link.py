@@ -15,6 +15,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lte_scale.arrangement import Arrangement
 from lte_scale.baselines import FullRank, baselines
@@ -71,7 +72,7 @@ def lte_demand(a: Arrangement) -> Demand:
     """What LTE sends: its merges between nodes, and in every step what `base.scope: global` gathers from all nodes."""
     step = by_scope(of_node(a, step_traffic))["inter_node"]
     parts = tuple(
-        by_scope(of_node(a, lambda a, rank, fragment=fragment: fragment_traffic(a, rank, fragment)))["inter_node"]
+        by_scope(of_node(a, partial(fragment_traffic, fragment=fragment)))["inter_node"]
         for fragment in range(a.cadence.fragments)
     )
     return Demand("LTE", step, sum(parts), a.cadence.every, parts if len(parts) > 1 else ())
