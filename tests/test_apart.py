@@ -214,12 +214,13 @@ def assert_went_through(*nodes: Node) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.skipif(KILLS <= 3, reason="some ten minutes; asked for by a larger KILLS")
 def test_random_kills_cost_no_accuracy(digits: Path, tmp_path: Path) -> None:
     """kill -9 of whole nodes at random moments of the demo's run, each started again a little later.
 
     The others are never started anew, and the accuracy is within a point of the run that nobody disturbed.
     """
-    words = ["engine=fsdp", "data.workers=0", "train.duration=1200", "evaluate.every=1200", "checkpoint.every=100"]
+    words = ["engine=fsdp", "data.workers=0", "train.duration=1600", "evaluate.every=1600", "checkpoint.every=100"]
     top1 = {}
     for kills in (0, KILLS):
         chance, killed = random.Random(SEED), list[int]()
@@ -229,7 +230,7 @@ def test_random_kills_cost_no_accuracy(digits: Path, tmp_path: Path) -> None:
             for _ in range(kills):
                 victim = nodes[1 + chance.randrange(2)]  # the first one lives through all of it
                 at = nodes[0].step + 40 + chance.randrange(80)
-                nodes[0].wait_for_step(min(at, 1100), seconds=300)
+                nodes[0].wait_for_step(min(at, 1500), seconds=300)
                 victim.kill()
                 killed.append(victim.number)
                 time.sleep(chance.uniform(0, 8))
@@ -238,7 +239,7 @@ def test_random_kills_cost_no_accuracy(digits: Path, tmp_path: Path) -> None:
                 if node.number not in killed:
                     node.finish(seconds=600)
                     last = records(node.run_dir)[-1]
-                    assert last["step"] == 1200 and last["restarts"] == 0
+                    assert last["step"] == 1600 and last["restarts"] == 0
                     top1[kills] = last["eval_top1"]
     print(f"\nseed {SEED}: killed nodes {killed}; top-1 {top1[KILLS]:.4f}, undisturbed {top1[0]:.4f}")
     assert top1[KILLS] > 0.95 and abs(top1[KILLS] - top1[0]) <= 0.01
