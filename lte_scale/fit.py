@@ -89,11 +89,7 @@ def fit(config: Config, traces: Traces, *, nodes: int, ranks_per_node: int, giga
     configured = search.choice(config)
     images = search.largest_batch()
     batch, next_batch = (search.batch(n) if n else None for n in (images, images + search.unit))
-    switches = (
-        []
-        if configured.fits
-        else sorted(search.switches(images), key=lambda switch: (bool(switch.refused), switch.peak))
-    )
+    switches = [] if configured.fits else search.switches(images)
     return Fit(
         gigabytes=gigabytes,
         margin=margin,
@@ -167,8 +163,11 @@ class _Search:
                 return found
         return None
 
-    def switches(self, images: int) -> Iterator[Choice]:
-        """What would lower the peak; `images`: the largest batch that fits."""
+    def switches(self, images: int) -> list[Choice]:
+        """What would lower the peak, the most first; `images`: the largest batch that fits."""
+        return sorted(self._helpful(images), key=lambda switch: (bool(switch.refused), switch.peak))
+
+    def _helpful(self, images: int) -> Iterator[Choice]:
         now = self.choice(self.config)
         tried = [
             ("train.precision=bf16",),
