@@ -33,20 +33,17 @@ class Choice:
     Attributes:
         options: as they are written on the command line; empty for the configuration as it is.
         heads: in the whole run.
+        peak: bytes, all parts together; 0 where the choice is refused.
         memory: None where the choice is refused.
         refused: why it is.
     """
 
     options: tuple[str, ...] = ()
     heads: int = 0
+    peak: int = 0
     memory: Memory | None = None
     fits: bool = False
     refused: str = ""
-
-    @property
-    def peak(self) -> int:
-        """Bytes; 0 where the choice is refused."""
-        return self.memory.total if self.memory else 0
 
     @property
     def largest(self) -> tuple[str, int]:
@@ -92,7 +89,7 @@ def fit(config: Config, traces: Traces, *, nodes: int, ranks_per_node: int, giga
     configured = search.choice(config)
     images = search.largest_batch()
     batch, next_batch = (search.batch(n) if n else None for n in (images, images + search.unit))
-    switches = [] if configured.fits else sorted(search.switches(images), key=lambda switch: switch.peak)
+    switches = [] if configured.fits else search.switches(images)
     return Fit(
         gigabytes=gigabytes,
         margin=margin,
@@ -119,7 +116,9 @@ class _Search:
     def choice(self, config: Config, options: tuple[str, ...] = (), *, nodes: int = 0, ranks: int = 0) -> Choice:
         a = self._arrangement(config, nodes or self.nodes, ranks or self.ranks_per_node)
         spent = self.traces.memory(a)
-        return Choice(options=options, heads=a.topology.heads, memory=spent, fits=spent.total <= self.limit)
+        return Choice(
+            options=options, heads=a.topology.heads, peak=spent.total, memory=spent, fits=spent.total <= self.limit
+        )
 
     def _arrangement(self, config: Config, nodes: int, ranks: int) -> Arrangement:
         return self.traces.arrangement(config, nodes=nodes, ranks_per_node=ranks)
@@ -164,8 +163,11 @@ class _Search:
                 return found
         return None
 
-    def switches(self, images: int) -> Iterator[Choice]:
-        """What would lower the peak; `images`: the largest batch that fits."""
+    def switches(self, images: int) -> list[Choice]:
+        """What would lower the peak, the most first; `images`: the largest batch that fits."""
+        return sorted(self._helpful(images), key=lambda switch: (bool(switch.refused), switch.peak))
+
+    def _helpful(self, images: int) -> Iterator[Choice]:
         now = self.choice(self.config)
         tried = [
             ("train.precision=bf16",),

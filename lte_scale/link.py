@@ -15,7 +15,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 from lte_scale.arrangement import Arrangement
 from lte_scale.baselines import FullRank, baselines
@@ -71,11 +70,12 @@ class Demand:
 def lte_demand(a: Arrangement) -> Demand:
     """What LTE sends: its merges between nodes, and in every step what `base.scope: global` gathers from all nodes."""
     step = by_scope(of_node(a, step_traffic))["inter_node"]
-    parts = tuple(
-        by_scope(of_node(a, partial(fragment_traffic, fragment=fragment)))["inter_node"]
-        for fragment in range(a.cadence.fragments)
-    )
+    parts = tuple(_fragment_bytes(a, fragment) for fragment in range(a.cadence.fragments))
     return Demand("LTE", step, sum(parts), a.cadence.every, parts if len(parts) > 1 else ())
+
+
+def _fragment_bytes(a: Arrangement, fragment: int) -> int:
+    return by_scope(of_node(a, lambda a, rank: fragment_traffic(a, rank, fragment)))["inter_node"]
 
 
 def full_rank_demands(model: FullRank, a: Arrangement) -> Iterator[Demand]:

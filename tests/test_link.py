@@ -91,6 +91,19 @@ def test_bytes_of_every_step_hide_under_that_step_at_best() -> None:
     assert predict(Demand("both", 95e6, 95e6, every=50), Link(1), step_seconds=0.3).stall_seconds == pytest.approx(25.8)
 
 
+def test_fragments_are_runs_of_whole_layers_and_wait_by_their_own_size() -> None:
+    uneven = replace(arrangement(fragments=2), shapes=Shapes({"a": LAYER, "b": LAYER, "c": LAYER}, 10))
+    demand = lte_demand(uneven)
+    assert sum(demand.parts) == demand.exchange_bytes
+    assert demand.exchange_bytes == lte_demand(replace(uneven, config=arrangement().config)).exchange_bytes
+    large, small = sorted(demand.parts, reverse=True)
+    assert large > 1.5 * small
+    link = Link(8e-9 * large / 0.95)  # a second for the larger one
+    found = predict(demand, link, step_seconds=0.25, delay=3, fragments=2)
+    assert found.stall_seconds == pytest.approx(0.25)  # in halves it would be nothing
+    assert hiding_delay(demand, link, step_seconds=0.25, fragments=2) == 4
+
+
 def test_without_a_step_time_there_are_bytes_and_seconds_alone() -> None:
     found = predict(EXCHANGE, Link(1))
     assert found.link_seconds == pytest.approx(0.8)

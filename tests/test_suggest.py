@@ -113,7 +113,7 @@ def test_a_faster_link_never_asks_for_more(traces: Traces) -> None:
 
 def test_with_one_base_over_all_nodes_nothing_is_delayed(traces: Traces) -> None:
     asked = config("base.scope=global", "base.gather=node")
-    for gbit in (0.5, 0.1, 0.05):
+    for gbit in (0.2, 0.1, 0.02):
         found = suggested(traces, asked, gbit)
         assert found.overrides
         assert not any("delay" in override for override in found.overrides)
