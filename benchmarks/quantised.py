@@ -4,11 +4,12 @@
     benchmarks/quantised.py                    minutes on a CPU; needs Debian's dataset-fashion-mnist
     benchmarks/quantised.py --steps 0          the bytes alone, in seconds
 
-Accuracy: a small vision transformer on Fashion-MNIST, four heads in one process, products as `train.precision: auto` has them on this machine (bf16 or fp32). For every
-seed the three runs take the same steps on the same batches in turn; what is compared is top-1 of the merged fp32
-masters on the 10,000 test images, seed by seed. State: what `plan` counts of weights, gradients and optimizer on the
-accelerator for ViT-L/16 in one process, which tests hold against real tensors, beside 16 bytes a parameter of full-rank
-AdamW. Writes benchmarks/results/quantised.json and the tables of docs/performance.md.
+Accuracy: a small vision transformer on Fashion-MNIST, four heads in one process, products as `train.precision: auto`
+has them on this machine (bf16 or fp32). For every seed the three runs take the same steps on the same batches in turn;
+what is compared is top-1 of the merged fp32 masters on the 10,000 test images, seed by seed. State: what `plan` counts
+of weights, gradients and optimizer on the accelerator for ViT-L/16 in one process, which tests hold against real
+tensors, beside 16 bytes a parameter of full-rank AdamW. Writes benchmarks/results/quantised.json and the tables of
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -182,7 +183,8 @@ def main() -> None:
     result = json.loads(path.read_text()) if path.exists() else {}
     result["state_bytes"] = states()
     today, commit = datetime.date.today().isoformat(), _commit()
-    text = f"{LARGE.model.name}, rank 64, one head, products in bf16, counted by `plan`:\n\n{state_table(result['state_bytes'])}"
+    table = state_table(result["state_bytes"])
+    text = f"{LARGE.model.name}, rank 64, one head, products in bf16, counted by `plan`:\n\n{table}"
     print(text, flush=True)
     write_between_marks(page, "quantised_state", text)
     if arguments.steps:
@@ -202,7 +204,8 @@ def main() -> None:
         images = arguments.steps * arguments.batch_size
         text = (
             f"{result['accuracy']['machine']}, {today}, {arguments.steps} steps, {images:,} images, {HEADS} heads of "
-            f"rank {SMALL.adapters.rank}, merged every {EVERY} steps, products in {products}:\n\n{accuracy_table(result['accuracy']['runs'])}"
+            f"rank {SMALL.adapters.rank}, merged every {EVERY} steps, products in {products}:\n\n"
+            f"{accuracy_table(result['accuracy']['runs'])}"
         )
         print(text)
         write_between_marks(page, "quantised_accuracy", text)
