@@ -4,11 +4,12 @@
     benchmarks/quantised.py                    minutes on a CPU; needs Debian's dataset-fashion-mnist
     benchmarks/quantised.py --steps 0          the bytes alone, in seconds
 
-Accuracy: a small vision transformer on Fashion-MNIST, four heads in one process, products in bf16 throughout. For every
-seed the three runs take the same steps on the same batches in turn; what is compared is top-1 of the merged fp32
-masters on the 10,000 test images, seed by seed. State: what `plan` counts of weights, gradients and optimizer on the
-accelerator for ViT-L/16 in one process, which tests hold against real tensors, beside 16 bytes a parameter of full-rank
-AdamW. Writes benchmarks/results/quantised.json and the tables of docs/performance.md.
+Accuracy: a small vision transformer on Fashion-MNIST, four heads in one process, products as `train.precision: auto`
+has them on this machine (bf16 or fp32). For every seed the three runs take the same steps on the same batches in turn;
+what is compared is top-1 of the merged fp32 masters on the 10,000 test images, seed by seed. State: what `plan` counts
+of weights, gradients and optimizer on the accelerator for ViT-L/16 in one process, which tests hold against real
+tensors, beside 16 bytes a parameter of full-rank AdamW. Writes benchmarks/results/quantised.json and the tables of
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from figures import hardware, write_between_marks
 from torch import Tensor
 
+from lte_scale.arrangement import Arrangement
 from lte_scale.assemble import LTE, adapt
 from lte_scale.config.schema import (
     AdaptersConfig,
@@ -45,12 +47,16 @@ from lte_scale.config.schema import (
     TopologyConfig,
     TrainConfig,
 )
-from lte_scale.estimate import make_plan
+from lte_scale.cost import shapes_of
+from lte_scale.memory import memory
+from lte_scale.model import attach, build
+from lte_scale.precision import with_precision
 from lte_scale.schedules import lr_at
+from lte_scale.topology import Topology
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
-PRECISIONS = {"bf16": "auto", "int8": "int8", "nf4": "nf4"}
+PRECISIONS = ("auto", "int8", "nf4")
 HEADS, EVERY = 4, 10
 
 SMALL = Config(
@@ -65,7 +71,6 @@ SMALL = Config(
     engine=EngineConfig(name="none"),
     merge=MergeConfig(every=EVERY),
     optimizer=OptimizerConfig(lr=2e-3, replica_lr=2e-3),
-    train=TrainConfig(precision="bf16"),
 )
 LARGE = Config(
     model=ModelConfig(name="vit_large_patch16_224", num_classes=1000),
@@ -103,8 +108,8 @@ def accuracy(lte: LTE, images: Tensor, labels: Tensor) -> float:
 def compare(seed: int, steps: int, batch_size: int, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Any:
     """Top-1 by precision after the same steps on the same batches, and each one's seconds per step."""
     runs = {
-        name: adapt(replace(SMALL, seed=seed, base=BaseConfig(precision=precision)), 10)
-        for name, precision in PRECISIONS.items()
+        precision: adapt(replace(SMALL, seed=seed, base=BaseConfig(precision=precision)), 10)
+        for precision in PRECISIONS
     }
     spent = dict.fromkeys(runs, 0.0)
     generator = torch.Generator().manual_seed(seed)
@@ -128,15 +133,17 @@ def compare(seed: int, steps: int, batch_size: int, train: tuple[Tensor, Tensor]
 
 def states() -> dict[str, dict[str, int]]:
     """Bytes on the accelerator by how the base is held, with the fp32 master there or in CPU memory."""
-    found = {}
-    for name, precision in PRECISIONS.items():
+    model = build(LARGE.model, LARGE.model.num_classes, seed=0)
+    with torch.device("meta"):
+        heads = attach(model, LARGE.adapters, range(1), seed=0)
+    shapes = shapes_of(heads)
+    found = {"full-rank AdamW": {"state": 16 * shapes.values}}
+    for precision in PRECISIONS:
         for offload in ("none", "cpu"):
-            made = make_plan(
-                replace(LARGE, base=BaseConfig(precision=precision, offload=offload)), nodes=1, ranks_per_node=1
-            )
-            key = f"{name}, master {'in CPU memory' if offload == 'cpu' else 'beside it'}"
-            found[key] = {part: getattr(made.memory, part) for part in STATE}
-            found["full-rank AdamW"] = {"state": made.methods[1].memory["state"]}
+            config = replace(LARGE, base=BaseConfig(precision=precision, offload=offload))
+            spent = memory(Arrangement(shapes, Topology(), config), activations=0)
+            key = f"{precision}, master {'in CPU memory' if offload == 'cpu' else 'beside it'}"
+            found[key] = {part: getattr(spent, part) for part in STATE}
     return found
 
 
@@ -152,13 +159,13 @@ def state_table(found: dict[str, dict[str, int]]) -> str:
 
 def accuracy_table(runs: list[Any]) -> str:
     lines = [
-        "| base | top-1, mean over seeds | by seed | against bf16, same seed | step against bf16 |",
+        "| base | top-1, mean over seeds | by seed | against auto, same seed | step against auto |",
         "|---|---|---|---|---|",
     ]
     for name in PRECISIONS:
         top1 = [run["top1"][name] for run in runs]
-        off = [100 * (run["top1"][name] - run["top1"]["bf16"]) for run in runs]
-        times = statistics.median(run["step_seconds"][name] / run["step_seconds"]["bf16"] for run in runs)
+        off = [100 * (run["top1"][name] - run["top1"]["auto"]) for run in runs]
+        times = statistics.median(run["step_seconds"][name] / run["step_seconds"]["auto"] for run in runs)
         lines.append(
             f"| {name} | {statistics.mean(top1):.2%} | {', '.join(f'{value:.2%}' for value in top1)} | "
             f"{statistics.mean(off):+.2f} points ({min(off):+.2f} to {max(off):+.2f}) | {times:.2f} |"
@@ -177,15 +184,18 @@ def main() -> None:
     result = json.loads(path.read_text()) if path.exists() else {}
     result["state_bytes"] = states()
     today, commit = datetime.date.today().isoformat(), _commit()
-    text = f"{LARGE.model.name}, rank 64, one head, counted by `plan`:\n\n{state_table(result['state_bytes'])}"
+    table = state_table(result["state_bytes"])
+    text = f"{LARGE.model.name}, rank 64, one head, products in bf16, counted by `plan`:\n\n{table}"
     print(text, flush=True)
     write_between_marks(page, "quantised_state", text)
     if arguments.steps:
+        products = with_precision(SMALL, torch.device("cpu")).train.precision
         train, test = images_and_labels("train"), images_and_labels("t10k")
         result["accuracy"] = {
             "command": f"benchmarks/quantised.py {' '.join(sys.argv[1:])}".strip(),
             "date": today,
             "commit": commit,
+            "products": products,
             "machine": f"1 of {hardware()}",
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm")},
             "runs": [
@@ -195,7 +205,8 @@ def main() -> None:
         images = arguments.steps * arguments.batch_size
         text = (
             f"{result['accuracy']['machine']}, {today}, {arguments.steps} steps, {images:,} images, {HEADS} heads of "
-            f"rank {SMALL.adapters.rank}, merged every {EVERY} steps:\n\n{accuracy_table(result['accuracy']['runs'])}"
+            f"rank {SMALL.adapters.rank}, merged every {EVERY} steps, products in {products}:\n\n"
+            f"{accuracy_table(result['accuracy']['runs'])}"
         )
         print(text)
         write_between_marks(page, "quantised_accuracy", text)

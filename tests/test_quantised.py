@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from dataclasses import replace
 
@@ -91,6 +92,16 @@ def test_a_layer_is_the_plain_layer_with_the_decoded_weight(
     for name, value in want.items():
         assert got[name].dtype == value.dtype
         torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_compiled_is_eager(precision: str) -> None:
+    made, _ = pair(precision, 1, 96, 130, "reset")
+    x, weights = torch.randn(1, 200, 130), torch.randn(1, 200, 96)
+    compiled = torch.compile(copy.copy(made), fullgraph=True)
+    want, got = outputs_and_gradients(made, x, weights), outputs_and_gradients(compiled, x, weights)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-4)
 
 
 class Alive(TorchDispatchMode):

@@ -65,6 +65,24 @@ def test_bytes_equal_plan(pool4: DistributedPool, precision: str, scope: str, ga
     test_bytes.assert_equal(pool4, held_in(precision, test_bytes.configuration(scope=scope, gather=gather, mode=mode)))
 
 
+def evaluated(rank: int, config: Config) -> Tensor:
+    """What the merged model answers."""
+    run = Run(config)
+    images, _ = head_batch(1, 0, 3)
+    with torch.no_grad(), run.merger.merged():
+        answer: Tensor = run.engine.model(images)
+    return answer
+
+
+@pytest.mark.parametrize("place", [("node", "pass"), ("global", "window")])
+def test_the_merged_model_is_that_of_the_master(pool4: DistributedPool, place: tuple[str, str]) -> None:
+    config = configuration("reset", 2, place, "auto", 0, "average")
+    for answers in zip(
+        *(pool4.run(evaluated, held_in(p, config), ranks_per_node=2) for p in ("auto", "nf4")), strict=True
+    ):
+        torch.testing.assert_close(*answers)
+
+
 def test_few_bits_are_fewer_bytes_gathered() -> None:
     config = replace(test_bytes.configuration(), base=BaseConfig())
     wide = replace(config.model, arguments={**config.model.arguments, "embed_dim": 128})
