@@ -20,16 +20,16 @@ FILES = [*WRITTEN_ONCE, "__0_0.distcp", LIST]
 NEWEST = "step_00000006"
 
 
-def rewritten(name: str, change: Callable[[bytearray], bytes]) -> Callable[[Path], None]:
+def rewritten(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     def tear(checkpoint: Path) -> None:
-        (checkpoint / name).write_bytes(change(bytearray((checkpoint / name).read_bytes())))
+        (checkpoint / name).write_bytes(change((checkpoint / name).read_bytes()))
 
     return tear
 
 
-def flipped(content: bytearray) -> bytes:
-    content[len(content) // 2] ^= 1
-    return content
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 def emptied(checkpoint: Path) -> None:
@@ -61,7 +61,7 @@ def of_the_one_before(checkpoint: Path) -> None:
     shutil.copy(checkpoint.with_name("step_00000004") / "__0_0.distcp", checkpoint)
 
 
-CHANGES: dict[str, Callable[[bytearray], bytes]] = {
+CHANGES: dict[str, Callable[[bytes], bytes]] = {
     "emptied": lambda content: b"",
     "halved": lambda content: content[: len(content) // 2],
     "a byte less": lambda content: content[:-1],
