@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv demo test test-slow test-deepspeed test-faults test-slurm test-docker test-observability bench-engines bench-metrics bench-merge bench-quality bench-speed lint format docs dashboards clean
+.PHONY: help venv demo test test-slow test-deepspeed test-faults test-slurm test-docker test-observability bench-engines bench-metrics bench-merge bench-quality bench-speed soak lint format docs dashboards clean
 
 help:
 	@echo "make demo       train LTE on real images on this machine, to a picture"
@@ -20,6 +20,7 @@ help:
 	@echo "make bench-quality   accuracy at equal samples: LTE, full-rank, DiLoCo, ReLoRA, LoRA (hours; goes on where it was)"
 	@echo "make bench-metrics   what metrics cost a step"
 	@echo "make bench-engines   step time, memory and merge time of the engines, side by side"
+	@echo "make soak       an hour of training (MINUTES=60): do memory, open files or threads grow?"
 	@echo "make lint       ruff, mypy, shellcheck"
 	@echo "make docs       write the generated reference pages anew"
 	@echo "make dashboards  write Grafana's dashboard anew"
@@ -86,6 +87,10 @@ bench-merge: venv
 bench-quality: venv
 	test -d /usr/share/datasets/fashion-mnist || { apt-get -qq update && apt-get -qq install -y dataset-fashion-mnist; } </dev/null
 	$(BIN)/python benchmarks/quality.py
+
+MINUTES ?= 60
+soak: venv
+	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES)
 
 lint: venv
 	$(BIN)/ruff check .
