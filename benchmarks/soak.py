@@ -160,18 +160,21 @@ class Watch:
             with suppress(OSError, KeyError):
                 if pid not in self.names:
                     self.names[pid] = name(pid, parent, self.names)
+                seen = look(pid, now)
                 if settled:
-                    self.looks.setdefault(pid, []).append(look(pid, now))
+                    self.looks.setdefault(pid, []).append(seen)
         if settled:
             self.counts.append((now, len(found)))
 
     def _ask(self) -> None:
+        if not (self.run_dir / "endpoints").is_dir():
+            return
         from lte_scale.top.scrape import Fetcher, find
 
         fetch = Fetcher(timeout=5)
         try:
             scrapes = [answer for target in find([str(self.run_dir)]) if not isinstance(answer := fetch(target), str)]
-        except ValueError:  # no endpoint yet, or none at all
+        except ValueError:  # none has begun to answer
             return
         finally:
             fetch.close()
