@@ -11,7 +11,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make test-slow  emulated networks with throttled links (root), long runs"
 	@echo "make test-deepspeed  DeepSpeed's launcher over ssh between emulated nodes, its compiled optimizers (root)"
-	@echo "make test-faults  parts of runs killed at random moments (KILLS=3 of each shape, SEED=0)"
+	@echo "make test-faults  runs killed at random moments (KILLS=3 of each shape, SEED=0), cut networks, slow nodes, fuzzing"
 	@echo "make test-slurm  the job scripts on a real Slurm of emulated nodes (root)"
 	@echo "make test-docker  docker/Dockerfile.cpu followed in a clean Debian, and a training in it (root, no engine)"
 	@echo "make test-observability  a real Prometheus on an emulated run, the report in a browser (root, apt)"
@@ -48,6 +48,8 @@ test-deepspeed: venv
 
 test-faults: venv
 	$(BIN)/python -m pytest -m faults --timeout 3600 -s
+	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-1000} $(BIN)/python -m pytest tests/test_fuzz.py --timeout 3600 \
+	    --hypothesis-seed=$${SEED:-0} --hypothesis-show-statistics
 
 test-slurm: venv
 	(export PATH=$$PATH:/usr/sbin; for tool in munged slurmctld slurmd sbatch ip tc; do command -v $$tool >/dev/null || exit 1; done) || \
