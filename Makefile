@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv demo test test-slow test-deepspeed test-faults test-slurm test-docker test-observability bench-engines bench-metrics bench-merge bench-quality bench-speed lint format docs dashboards clean
+.PHONY: help venv demo test test-slow test-deepspeed test-faults test-slurm test-docker test-observability bench-engines bench-metrics bench-merge bench-quality bench-speed soak lint format docs dashboards clean
 
 help:
 	@echo "make demo       train LTE on real images on this machine, to a picture"
 	@echo "make test       run the tests"
 	@echo "make test-slow  emulated networks with throttled links (root), long runs"
 	@echo "make test-deepspeed  DeepSpeed's launcher over ssh between emulated nodes, its compiled optimizers (root)"
-	@echo "make test-faults  parts of runs killed at random moments (KILLS=3 of each shape, SEED=0)"
+	@echo "make test-faults  runs killed at random moments (KILLS=3 of each shape, SEED=0), cut networks, slow nodes, fuzzing"
 	@echo "make test-slurm  the job scripts on a real Slurm of emulated nodes (root)"
 	@echo "make test-docker  docker/Dockerfile.cpu followed in a clean Debian, and a training in it (root, no engine)"
 	@echo "make test-observability  a real Prometheus on an emulated run, the report in a browser (root, apt)"
@@ -20,6 +20,7 @@ help:
 	@echo "make bench-quality   accuracy at equal samples: LTE, full-rank, DiLoCo, ReLoRA, LoRA (hours; goes on where it was)"
 	@echo "make bench-metrics   what metrics cost a step"
 	@echo "make bench-engines   step time, memory and merge time of the engines, side by side"
+	@echo "make soak       an hour of training (MINUTES=60): do memory, open files or threads grow?"
 	@echo "make lint       ruff, mypy, shellcheck"
 	@echo "make docs       write the generated reference pages anew"
 	@echo "make dashboards  write Grafana's dashboard anew"
@@ -47,6 +48,8 @@ test-deepspeed: venv
 
 test-faults: venv
 	$(BIN)/python -m pytest -m faults --timeout 3600 -s
+	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-1000} $(BIN)/python -m pytest tests/test_fuzz.py --timeout 3600 \
+	    --hypothesis-seed=$${SEED:-0} --hypothesis-show-statistics
 
 test-slurm: venv
 	(export PATH=$$PATH:/usr/sbin; for tool in munged slurmctld slurmd sbatch ip tc; do command -v $$tool >/dev/null || exit 1; done) || \
@@ -85,6 +88,10 @@ bench-merge: venv
 bench-quality: venv
 	test -d /usr/share/datasets/fashion-mnist || { apt-get -qq update && apt-get -qq install -y dataset-fashion-mnist; } </dev/null
 	$(BIN)/python benchmarks/quality.py
+
+MINUTES ?= 60
+soak: venv
+	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -8,13 +8,13 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 _PREFIX = "FIGURES "
 
 
 def tell(figures: dict[str, Any]) -> None:
     """From rank 0 to the script that started the run."""
+    import torch.distributed as dist  # a script that only reads figures starts without torch
+
     if dist.get_rank() == 0:
         print(_PREFIX + json.dumps(figures), flush=True)
 

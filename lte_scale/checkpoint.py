@@ -73,7 +73,7 @@ from lte_scale.contents import (
     unsent_that_is_lost,
 )
 from lte_scale.log import log
-from lte_scale.run_dir import NAME, best_checkpoint, resolve, step_of, whole_checkpoints
+from lte_scale.run_dir import best_checkpoint, named_checkpoints, resolve, step_of, whole_checkpoints
 from lte_scale.storage import read_metadata, read_tensors, reason
 
 
@@ -148,8 +148,7 @@ class Checkpoints:
             check_all_there(temporary, sums)
             _write_synced(temporary / "train_state.json", json.dumps(state, indent=2) + "\n")
             _write_synced(temporary / "config.yaml", config_text)
-            others = (".metadata", "train_state.json", "config.yaml")
-            sums += checksums.listed(checksums.digests(temporary, others))
+            sums += checksums.listed(checksums.digests(temporary, checksums.WRITTEN_ONCE))
             _write_synced(temporary / checksums.LIST, sums)
             self._supersede(path)
             os.rename(temporary, path)
@@ -175,8 +174,8 @@ class Checkpoints:
 
     def _supersede(self, path: Path) -> None:
         """Put aside what an earlier course of the run has saved at this step and later ones."""
-        for other in path.parent.glob("step_*"):
-            if NAME.fullmatch(other.name) and step_of(other) >= step_of(path):
+        for other in named_checkpoints(self.run_dir):
+            if step_of(other) >= step_of(path):
                 aside = other.with_name(f"{other.name}.superseded")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(other, aside)
@@ -234,7 +233,7 @@ class Checkpoints:
         error: str | None = None
         if self.first and resume != "never":
             try:
-                candidates = whole_checkpoints(self.run_dir)[::-1] if resume == "auto" else [resolve(resume)]
+                candidates = named_checkpoints(self.run_dir)[::-1] if resume == "auto" else [resolve(resume)]
             except ValueError as caught:
                 error = f"resume: {caught}"
         candidates, error = self.collectives.broadcast_object((candidates, error))

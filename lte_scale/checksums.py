@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 LIST = "SHA256SUMS"
+WRITTEN_ONCE = (".metadata", "train_state.json", "config.yaml")
+"""Files that every checkpoint has, beside those of its ranks."""
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\s]+)")
 
 
@@ -32,6 +34,8 @@ def listed(found: Mapping[str, str]) -> str:
 
 def damage(folder: Path, *, share: int = 0, shares: int = 1) -> str:
     """What is wrong with the files of a checkpoint, or nothing: of every `shares`-th file, from number `share` on."""
+    if not os.path.isdir(folder):
+        return "it is no directory"
     try:
         lines = (folder / LIST).read_text().splitlines()
         expected = {}
@@ -41,6 +45,8 @@ def damage(folder: Path, *, share: int = 0, shares: int = 1) -> str:
             expected[found[2]] = found[1]
         if not expected:
             return f"{LIST} is empty"
+        if unlisted := [name for name in WRITTEN_ONCE if name not in expected]:
+            return f"{LIST} does not list {unlisted[0]}"
         for name in sorted(expected)[share::shares]:
             if digests(folder, [name])[name] != expected[name]:
                 return f"{name} is not as it was written"

@@ -10,7 +10,7 @@ from typing import cast
 from lte_scale import checksums
 from lte_scale.contents import read_state
 
-NAME = re.compile(r"step_(\d{8,})")
+_NAME = re.compile(r"step_(\d{8,})")
 
 
 def check_writable(run_dir: Path) -> None:
@@ -30,12 +30,17 @@ def check_writable(run_dir: Path) -> None:
         ) from error
 
 
-def whole_checkpoints(run_dir: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
+def named_checkpoints(run_dir: Path) -> list[Path]:
+    """What has the name of a checkpoint of the run, oldest first. A save names it last: what lacks files is torn."""
     folder = run_dir / "checkpoints"
     if not os.path.isdir(folder):  # pathlib's own would raise for a name too long
         return []
-    return sorted((p for p in folder.glob("step_*") if NAME.fullmatch(p.name) and _is_whole(p)), key=step_of)
+    return sorted((path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def whole_checkpoints(run_dir: Path) -> list[Path]:
+    """The run's checkpoints that have the files of one, oldest first."""
+    return [path for path in named_checkpoints(run_dir) if _is_whole(path)]
 
 
 def step_of(path: Path) -> int:

@@ -53,6 +53,14 @@ class Nodes:
             text=True,
         )
 
+    def cut(self, node: int) -> None:
+        """Pull the node's cable."""
+        subprocess.run(["ip", "link", "set", f"{self.network.bridge}{node}", "down"], check=True)
+
+    def heal(self, node: int) -> None:
+        """Put it back."""
+        subprocess.run(["ip", "link", "set", f"{self.network.bridge}{node}", "up"], check=True)
+
     def processes(self, *words: str, node: int | None = None) -> dict[int, str]:
         """Commands by process id on all nodes or one, of those that hold all `words`; the servers left out."""
         servers = {server.pid for server in self.servers}

@@ -30,6 +30,14 @@ def filled_up(path: Path) -> Iterator[None]:
     ballast.unlink()
 
 
+@contextmanager
+def read_only(path: Path) -> Iterator[None]:
+    """As a file system becomes that has lost its disk or its server."""
+    subprocess.run(["mount", "-o", "remount,ro", path], check=True)
+    yield
+    subprocess.run(["mount", "-o", "remount,rw", path], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
@@ -70,6 +78,10 @@ def test_files_that_cannot_grow_while_saving(tmp_path: Path, caplog: pytest.LogC
 
 def test_a_disk_that_fills_up_while_saving(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     failed_save_is_told_and_harms_nothing(small_disk, filled_up, "No space left on device", caplog)
+
+
+def test_a_mount_that_is_lost_while_saving(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    failed_save_is_told_and_harms_nothing(small_disk, read_only, "Read-only file system", caplog)
 
 
 def test_directories_that_cannot_be_written(small_disk: Path, tmp_path: Path) -> None:

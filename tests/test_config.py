@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lte_scale.cli import main
 from lte_scale.config import (
@@ -281,44 +278,3 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path, make: Callable[[Path], 
         load_config(path)
     for word in ["bad.yaml: cannot be read", *words]:
         assert word in str(caught.value)
-
-
-KEYS = [line.split("`")[1] for line in markdown().splitlines() if line.startswith("| `")]
-YAML_LIKE = st.text(alphabet="-+.0123456789eaxnl{}[]:,&*!<'\"|> \n\u2028éTrue", max_size=30)
-TAGGED = st.tuples(st.sampled_from(["int", "float", "bool", "timestamp", "binary", "omap", "set", "x"]), YAML_LIKE)
-VALUES = st.one_of(
-    YAML_LIKE,
-    TAGGED.map(lambda pair: f"!!{pair[0]} {pair[1]}"),
-    st.integers().map(str),
-    st.floats().map(str),
-    st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists, max_leaves=5).map(
-        json.dumps
-    ),
-)
-
-
-def attempt(path: Path | None, overrides: list[str], copy: Path) -> None:
-    """Loading gives a configuration that comes back from its own file, or one line."""
-    message = "one line"
-    try:
-        config = load_config(path, overrides)
-    except ConfigError as error:
-        message = str(error)
-    else:
-        copy.write_text(dump(config), encoding="utf-8")
-        assert load_config(copy) == config
-    assert len(message.splitlines()) == 1
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.text(max_size=80) | YAML_LIKE, st.sampled_from(KEYS), VALUES)
-def test_any_text_is_a_configuration_or_an_error(
-    tmp_path_factory: pytest.TempPathFactory, text: str, key: str, value: str
-) -> None:
-    folder = tmp_path_factory.getbasetemp()
-    path, copy = folder / "fuzz.yaml", folder / "copy.yaml"
-    for content in (text, f"{key.partition('.')[0]}: {value}", f"? {value}\n: {text}"):
-        path.write_bytes(content.encode("utf-8", errors="surrogatepass"))
-        attempt(path, [], copy)
-    for override in (text, f"{key}={value}", f"{key}.{text}={value}", f"model.arguments.x={value}"):
-        attempt(None, [override], copy)

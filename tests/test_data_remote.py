@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,12 +22,14 @@ from tests.streams import HERE, assert_same, stream, take
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a directory; the first answer for a path in `failing` is an error."""
+    """Serves a directory. The first answer for a path in `failing` is an error; in `cut` it breaks off; in `stalling` it
+    stands still for a minute."""
 
     def __init__(self, folder: Path) -> None:
         self.requested: Counter[str] = Counter()
         self.failing: set[str] = set()
         self.cut: set[str] = set()
+        self.stalling: set[str] = set()
         server = self
 
         class Handler(SimpleHTTPRequestHandler):
@@ -39,13 +42,16 @@ class Server(ThreadingHTTPServer):
                 if name in server.failing:
                     server.failing.discard(name)
                     self.send_error(503)
-                elif name in server.cut:
+                elif name in server.cut | server.stalling:
+                    stalls = name in server.stalling
                     server.cut.discard(name)
+                    server.stalling.discard(name)
                     content = (folder / name).read_bytes()
                     self.send_response(200)
                     self.send_header("Content-Length", str(len(content)))
                     self.end_headers()
                     self.wfile.write(content[:9000])
+                    time.sleep(60.0 if stalls else 0.0)
                     self.close_connection = True
                 else:
                     super().do_GET()
@@ -119,6 +125,19 @@ def test_a_stream_that_breaks_is_taken_up_where_it_broke(tmp_path: Path, server:
     index = open_index(server.url)
     server.failing, server.cut = {"00000.tar"}, {"00001.tar"}
     batches = take(stream(index, batch_size=5), 6)
+    assert [batch.bad for batch in batches] == [()] * 6
+    assert_same(batches, take(stream(open_index(str(tmp_path / "raw")), batch_size=5), 6))
+
+
+def test_a_stream_that_stalls_is_taken_up_where_it_stalled(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive, "_STALL_SECONDS", 0.3)
+    index = open_index(server.url)
+    server.stalling = {"00001.tar"}
+    began = time.monotonic()
+    batches = take(stream(index, batch_size=5), 6)
+    assert time.monotonic() - began < 50, "it waited for the server"
     assert [batch.bad for batch in batches] == [()] * 6
     assert_same(batches, take(stream(open_index(str(tmp_path / "raw")), batch_size=5), 6))
 

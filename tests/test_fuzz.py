@@ -1,7 +1,10 @@
-"""Bytes nobody meant: shards, indexes and checkpoints give data or an error, never a traceback, hang or stray file.
+"""Bytes nobody meant: configurations, overrides, shards, indexes and checkpoints give data or an error, never a
+traceback, hang or stray file.
+
+    FUZZ_EXAMPLES=1000 pytest tests/test_fuzz.py --hypothesis-seed=0 --hypothesis-show-statistics
 
 FUZZ_EXAMPLES examples of each kind (40 unless set; `make test-faults` takes 1,000); hypothesis prints how to repeat one
-that fails. Configurations and overrides are in test_config.py.
+that fails.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lte_scale.config import ConfigError, dump, load_config
+from lte_scale.config.reference import markdown
 from lte_scale.data import open_index
 from lte_scale.run_dir import whole_checkpoints
 from lte_scale.state import TrainState
@@ -200,3 +205,44 @@ def test_any_state_of_a_checkpoint_is_loaded_or_refused(
     changes = data.draw(st.dictionaries(keys, JSON, min_size=1, max_size=3))
     (checkpoint / "train_state.json").write_text(json.dumps(state | changes))
     loads_or_refused(saver, checkpoint)
+
+
+KEYS = [line.split("`")[1] for line in markdown().splitlines() if line.startswith("| `")]
+YAML_LIKE = st.text(alphabet="-+.0123456789eaxnl{}[]:,&*!<'\"|> \n\u2028éTrue", max_size=30)
+TAGGED = st.tuples(st.sampled_from(["int", "float", "bool", "timestamp", "binary", "omap", "set", "x"]), YAML_LIKE)
+VALUES = st.one_of(
+    YAML_LIKE,
+    TAGGED.map(lambda pair: f"!!{pair[0]} {pair[1]}"),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists, max_leaves=5).map(
+        json.dumps
+    ),
+)
+
+
+def attempt(path: Path | None, overrides: list[str], copy: Path) -> None:
+    """Loading gives a configuration that comes back from its own file, or one line."""
+    message = "one line"
+    try:
+        config = load_config(path, overrides)
+    except ConfigError as error:
+        message = str(error)
+    else:
+        copy.write_text(dump(config), encoding="utf-8")
+        assert load_config(copy) == config
+    assert len(message.splitlines()) == 1
+
+
+@settings(max_examples=max(200, EXAMPLES), deadline=None, print_blob=True)  # quick ones
+@given(st.text(max_size=80) | YAML_LIKE, st.sampled_from(KEYS), VALUES)
+def test_any_text_is_a_configuration_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory, text: str, key: str, value: str
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    path, copy = folder / "fuzz.yaml", folder / "copy.yaml"
+    for content in (text, f"{key.partition('.')[0]}: {value}", f"? {value}\n: {text}"):
+        path.write_bytes(content.encode("utf-8", errors="surrogatepass"))
+        attempt(path, [], copy)
+    for override in (text, f"{key}={value}", f"{key}.{text}={value}", f"model.arguments.x={value}"):
+        attempt(None, [override], copy)
