@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_a_layer_is_the_plain_layer_with_the_decoded_weight(
 def test_compiled_is_eager(precision: str) -> None:
     made, _ = pair(precision, 1, 96, 130, "reset")
     x, weights = torch.randn(1, 200, 130), torch.randn(1, 200, 96)
-    compiled = torch.compile(copy.copy(made), fullgraph=True)
+    compiled = cast(LTELinear, torch.compile(copy.copy(made), fullgraph=True))
     want, got = outputs_and_gradients(made, x, weights), outputs_and_gradients(compiled, x, weights)
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-4)
