@@ -13,6 +13,7 @@ Merges inside the node are those of `Merger`.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,6 +83,11 @@ class RollCall:
         """The largest value of a column."""
         return max(row[column] for row in self.nodes.values())
 
+    @property
+    def claimed_twice(self) -> list[int]:
+        """Numbers that several nodes say are theirs."""
+        return [node for node, row in self.nodes.items() if row["present"] > 1]
+
     def check(self, node: int) -> None:
         """Compare the masters of those that are not behind.
 
@@ -104,6 +110,7 @@ class MergerApart(Merger):
         self.quorum = Quorum(self.fault_tolerance, collectives, self.exchange.device)
         self.course: Course | None = None
         self._together = 0
+        self._configured = _digest(arrangement)
 
     def close(self) -> None:
         self.quorum.close()
@@ -162,9 +169,14 @@ class MergerApart(Merger):
 
     def _try_together(self, window: Window | None, decay: float, shards: Shards, *, behind: bool) -> RollCall | None:
         """Who was there; None if it has not worked, and then nothing has changed."""
+        self._compare_configurations(joins=window is None)
         called = self._roll_call(gives=window is not None and not behind, behind=behind)
-        if not self.quorum.failed:
-            called.check(self.fault_tolerance.node)
+        if called.claimed_twice and not self.quorum.failed:
+            self._refuse(f"fault_tolerance.node: {called.claimed_twice[0]} is the number of two nodes", window is None)
+        if self.quorum.failed:
+            self.quorum.agree(counts=False)
+            return None
+        called.check(self.fault_tolerance.node)
         healed = self._heal(called) if called.behind else []
         sums = self._sums(None if behind else window) if called.givers else None
         if not self.quorum.agree(counts=sums is not None):
@@ -181,6 +193,23 @@ class MergerApart(Merger):
             self.heads.initialise(seed_of(self.arrangement.config.seed, place.step))
         self.course.go_to(place)
         return called
+
+    def _compare_configurations(self, *, joins: bool) -> None:
+        """Before anything is summed whose shape depends on it."""
+        found = torch.tensor([1, self._configured], dtype=torch.int64, device=self.exchange.device)
+        nodes, total = self.quorum.sum(found, "merge_check").tolist()
+        if total != nodes * self._configured and not self.quorum.failed:
+            self._refuse("fault_tolerance: another node has other nodes, ranks, model, adapters, merge or train", joins)
+
+    def _refuse(self, reason: str, joins: bool) -> None:
+        """A node that joins does not; those that have a window to give go on without it.
+
+        Raises:
+            ValueError: in a node that joins.
+        """
+        if joins:
+            raise ValueError(f"{reason}; start all nodes with the same configuration, each with its own number")
+        self.quorum.reject(reason)
 
     def _roll_call(self, *, gives: bool, behind: bool) -> RollCall:
         assert self.course is not None
@@ -250,3 +279,10 @@ class MergerApart(Merger):
             there = f" (nodes {', '.join(map(str, called.nodes))})" if here < self.fault_tolerance.nodes else ""
             log.info("step %d: merging with %d of %d nodes%s", step, here, self.fault_tolerance.nodes, there)
         self._together = here
+
+
+def _digest(a: Arrangement) -> int:
+    """A number of 32 bits for what nodes must have in common."""
+    c, t = a.config, a.topology
+    alike = (c.model, c.adapters, c.merge, c.train, c.seed, t.all_nodes, t.ranks_per_node, t.heads_per_node)
+    return int.from_bytes(hashlib.sha256(repr(alike).encode()).digest()[:4], "big")

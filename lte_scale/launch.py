@@ -93,19 +93,19 @@ def train(config: Config, topology: Topology, device: torch.device) -> int:
             try:
                 trainer = stack.enter_context(Trainer(config, collectives, device))
                 trainer.resume()
+                if topology.rank == 0:
+                    config = trainer.config
+                    (run_dir / "config.yaml").write_text(dump(config))
+                    if config.engine.name == "deepspeed":
+                        (run_dir / "deepspeed.json").write_text(json.dumps(settings(config, topology), indent=2) + "\n")
+                    _announce(config, topology, device)
+                return trainer.run()
             except ValueError as error:
                 if topology.rank == 0:
                     _get_default_store().set(_REFUSAL, str(error))
                 if topology.rank == 0 or not _said_by_rank_0(error):
                     raise
                 return REFUSED
-            if topology.rank == 0:
-                config = trainer.config
-                (run_dir / "config.yaml").write_text(dump(config))
-                if config.engine.name == "deepspeed":
-                    (run_dir / "deepspeed.json").write_text(json.dumps(settings(config, topology), indent=2) + "\n")
-                _announce(config, topology, device)
-            return trainer.run()
     except Disagreement as error:
         logs.log.error("rank %d: %s", topology.rank, error)
         return FAILED

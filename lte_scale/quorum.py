@@ -65,6 +65,8 @@ class Quorum:
         Raises:
             ValueError: if the lighthouse does not answer.
         """
+        _silence()
+        from torchft.manager import Manager
         from torchft.process_group import ProcessGroupGloo, ProcessGroupNCCL
 
         self.collectives, self.device, self.nodes = collectives, device, 0
@@ -77,7 +79,7 @@ class Quorum:
         store_port = collectives.broadcast_object(self._store.port if self._store else 0)
         timeout = timedelta(seconds=config.timeout_seconds)
         self._group = ProcessGroupNCCL(timeout) if device.type == "cuda" else ProcessGroupGloo(timeout)
-        self._manager = _manager()(
+        self._manager = Manager(
             pg=self._group,
             load_state_dict=self._has_missed,
             state_dict=dict,
@@ -161,9 +163,13 @@ class Quorum:
     def _has_missed(self, nothing: object) -> None:
         self._behind = True
 
+    def reject(self, reason: str) -> None:
+        """Let this merge fail: `agree` will say so."""
+        self._manager.report_error(RuntimeError(reason))
+
     @property
     def failed(self) -> bool:
-        """Whether a sum since the gathering has failed on this rank: those after it are none."""
+        """Whether a sum since the gathering has failed on this rank, or the merge was rejected: no sum follows."""
         return self._manager.errored() is not None
 
     def sum(self, tensor: Tensor, purpose: str) -> Tensor:
@@ -210,12 +216,8 @@ class _Told:
         """There is no server."""
 
 
-def _manager() -> type[Any]:
-    """torchft's manager, without its own words: what matters is told by those who call."""
-    os.environ.setdefault("RUST_LOG", "warn")
-    from torchft.manager import Manager
-
-    logging.getLogger("torchft").setLevel(logging.CRITICAL)
-    for name in ("torchft_quorums", "torchft_commits", "torchft_errors"):
+def _silence() -> None:
+    """Keep torchft's own words out of the log, before it is imported: what matters is told by those who call."""
+    os.environ.setdefault("RUST_LOG", "error")
+    for name in ("torchft", "torchft_quorums", "torchft_commits", "torchft_errors"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    return Manager

@@ -23,8 +23,8 @@ from lte_scale.topology import Topology
 FINGERPRINT = 8
 """Bytes in which a rank tells its peers of its masters (`agreement`)."""
 
-ROLL_CALL = 48
-"""Bytes in which a rank says of every node where it is, where nodes are jobs of their own (`apart`)."""
+ROLL_CALL, CONFIGURED = 48, 16
+"""Bytes in which a rank says where a node is, and of its configuration, where nodes are jobs of their own (`apart`)."""
 
 Traffic = Counter[tuple[Scope, str]]
 """Bytes sent by (scope, purpose), as `Collectives.bytes_sent` counts them."""
@@ -166,6 +166,7 @@ def _between_jobs(a: Arrangement, links: Links) -> None:
     for bucket in a.buckets:
         links.between_jobs(jobs, "merge_dense", FP32 * a.formed(bucket, links.topology.rank))
     links.between_jobs(jobs, "merge_replica", FP32 * a.replica_part)
+    links.between_jobs(jobs, "merge_check", CONFIGURED)
     links.between_jobs(jobs, "merge_check", ROLL_CALL * jobs)
 
 

@@ -175,6 +175,36 @@ def _still(node: Node) -> int:
 
 
 @pytest.mark.faults
+def test_a_node_that_does_not_fit_is_refused(digits: Path, tmp_path: Path) -> None:
+    """One with another's number, and one with another configuration: one line each; the others go on without them."""
+    with nodes_apart(digits, tmp_path, 2, 1, *LONG) as (lighthouse, nodes):
+        intruders = []
+        for name, words, says in [
+            ("same", [], "fault_tolerance.node: 1 is the number of two nodes; start all nodes"),
+            ("other", ["adapters.rank=8"], "fault_tolerance: another node has other nodes, ranks, model, adapters"),
+        ]:
+            ft = f"fault_tolerance={{enabled: true, lighthouse: '{lighthouse.address}', nodes: 2, node: 1}}"
+            run_dir = tmp_path / name
+            intruders.append((Node(9, run_dir, command(digits, run_dir, *LONG, ft, *words), 1), says))
+        for node in nodes:
+            node.start()
+        nodes[0].wait_for_step(9)
+        for intruder, says in intruders:
+            for node in nodes:  # or a fast machine ends the run before the intruder is there
+                node.signal(signal.SIGSTOP)
+            intruder.start()
+            intruder.wait_for_words("waiting for the other nodes")
+            for node in nodes:
+                node.signal(signal.SIGCONT)
+            assert intruder.job is not None and intruder.job.wait(120) != 0
+            assert len([line for line in intruder.output.splitlines() if line.startswith(f"lte-scale: {says}")]) == 1
+        for node in nodes:
+            node.finish()
+        assert_equal(nodes)
+        assert_went_through(*nodes)
+
+
+@pytest.mark.faults
 def test_a_signal_while_a_node_waits(digits: Path, tmp_path: Path) -> None:
     """At the start, for nodes that are not there; and at a merge, for a lighthouse: it saves, and resumes."""
 
