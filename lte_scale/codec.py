@@ -83,8 +83,10 @@ class Codec:
         else:
             steps = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :values]
             multiples = steps.float() - 8 if self.precision == "int4" else _levels(NF4, steps)[steps.int()]
-        blocks = F.pad(multiples, (0, -values % BLOCK)).unflatten(-1, (count, BLOCK))
-        return (blocks * _bits(scales, torch.bfloat16).float().unsqueeze(-1)).flatten(-2)[..., :values]
+        if values % BLOCK:
+            multiples = F.pad(multiples, (0, -values % BLOCK))
+        blocks = multiples.unflatten(-1, (count, BLOCK)).mul_(_bits(scales, torch.bfloat16).float().unsqueeze(-1))
+        return blocks.flatten(-2)[..., :values]
 
     def rounded(self, values: Tensor) -> Tensor:
         """What is left of fp32 `values` after a message."""
@@ -94,7 +96,8 @@ class Codec:
 def _bits(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The same bits as another type; `Tensor.view` itself minds strides, also of dimensions of one, and offsets."""
     flat = tensor.reshape(-1)
-    if flat.storage_offset() % dtype.itemsize:
+    # A compiler cannot ask for it; a weight, which it compiles, begins where it is held.
+    if not torch.compiler.is_compiling() and flat.storage_offset() % dtype.itemsize:
         flat = flat.clone()
     return flat.view(dtype).view(*tensor.shape[:-1], tensor.shape[-1] * tensor.itemsize // dtype.itemsize)
 

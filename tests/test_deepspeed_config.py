@@ -111,7 +111,7 @@ def test_the_window_keeps_its_gathered_weights(tmp_path: Path) -> None:
         (["engine.deepspeed_config=x.json"], "has no meaning for engine.name 'fsdp'"),
         (["engine={name: deepspeed, deepspeed_config: nowhere.json}"], "nowhere.json: cannot be read (No such file"),
         (["engine=deepsped"], "did you mean deepspeed?"),
-        (["base.precision=nf4"], "base.precision: 'nf4' with engine.name 'deepspeed'"),
+        (["engine=deepspeed", "base.precision=nf4"], "base.precision: 'nf4' with engine.name 'deepspeed'"),
     ],
 )
 def test_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
