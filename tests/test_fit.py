@@ -133,6 +133,7 @@ def test_switches_help_and_are_predicted_as_if_configured(traces: Traces) -> Non
         "train.checkpoint_activations",
         "base.scope",
         "base.offload",
+        "base.precision",
     }
     for switch in found.switches:
         changed = load_config(
