@@ -42,6 +42,7 @@ def assert_equal(nodes: list[Node]) -> None:
         assert [name for name in first if not torch.equal(first[name], other[name])] == []
 
 
+@pytest.mark.timeout(900)
 def test_equals_one_job(digits: Path, tmp_path: Path) -> None:
     """Two nodes of two ranks, two levels, Nesterov: the masters of all nodes bit for bit; those of one job to 1e-5."""
     words = [*RUN, "train.duration=32", "train.ema_decay=0.9", "evaluate.every=32", "checkpoint.every=32"]
@@ -93,7 +94,7 @@ def test_what_it_cannot_do_is_said_in_one_line(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
 ) -> None:
     ft = "fault_tolerance={enabled: true, lighthouse: 'http://127.0.0.1:9', nodes: 2}"
-    assert main(command(digits, tmp_path / "run", *RUN, ft, *words, "engine=none", "base.gather=pass")) == 2
+    assert main(command(digits, tmp_path / "run", *RUN, ft, "engine=none", "base.gather=pass", *words)) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lte-scale: ")]
     assert len(errors) == 1 and says in errors[0]
 
