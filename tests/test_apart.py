@@ -82,7 +82,7 @@ def assert_bytes_are_planned(node: Node, *, merges: int) -> None:
         ),
         (["fault_tolerance.node=2"], "fault_tolerance.node: 2 of 2 nodes; they are numbered from 0"),
         (
-            ["base.scope=global", "merge.local_every=0"],
+            ["engine=fsdp", "base.scope=global", "merge.local_every=0"],
             "base.scope: 'global' with fault_tolerance.enabled: nodes that come and go",
         ),
         (["merge.precision=bf16"], "use merge.precision=fp32"),
