@@ -97,6 +97,7 @@ def test_a_layer_is_the_plain_layer_with_the_decoded_weight(
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_compiled_is_eager(precision: str) -> None:
+    torch.compiler.reset()  # so many variants of one function are compiled, and other tests have had theirs
     made, _ = pair(precision, 1, 96, 130, "reset")
     x, weights = torch.randn(1, 200, 130), torch.randn(1, 200, 96)
     compiled = cast(LTELinear, torch.compile(copy.copy(made), fullgraph=True))
@@ -236,7 +237,7 @@ def vit_l(precision: str) -> tuple[Plan, dict[str, int]]:
     return planned, {"held": held, "trained": trained, "replicas": replicas}
 
 
-@pytest.mark.parametrize(("precision", "most"), [("nf4", 1 / 8), ("int8", 1 / 6)])
+@pytest.mark.parametrize(("precision", "most"), [("nf4", 1 / 8), pytest.param("int8", 1 / 6, marks=pytest.mark.slow)])
 def test_the_state_of_vit_l_is_a_small_part_of_full_rank_adamws(precision: str, most: float) -> None:
     planned, found = vit_l(precision)
     memory = planned.memory
