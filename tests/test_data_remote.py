@@ -22,8 +22,8 @@ from tests.streams import HERE, assert_same, stream, take
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a directory. The first answer for a path in `failing` is an error; in `cut` it breaks off; in `stalling` it
-    stands still for a minute."""
+    """Serves a directory. The first answer for a path in `failing` is an error; in `cut` it breaks off; in `stalling`
+    it stands still for a minute."""
 
     def __init__(self, folder: Path) -> None:
         self.requested: Counter[str] = Counter()
