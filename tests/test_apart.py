@@ -20,6 +20,7 @@ from tests.apart import Node, nodes_apart
 from tests.test_train import ROOT, SMALL, command, finish, records, start, tensors
 
 STEPS = 240
+by_hand = pytest.mark.skipif(int(os.environ.get("KILLS", "3")) <= 3, reason="minutes; asked for by KILLS above 3")
 KILLS, SEED = int(os.environ.get("KILLS", "3")), int(os.environ.get("SEED", "0"))
 
 RUN = [*SMALL, "engine=fsdp", "merge={every: 8, local_every: 4, outer: nesterov}", "data.workers=0"]
@@ -107,7 +108,7 @@ def test_a_job_of_two_nodes_is_refused() -> None:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("mode", ["reset", "resetless"])
+@pytest.mark.parametrize("mode", ["reset", pytest.param("resetless", marks=by_hand)])
 def test_a_node_is_killed_and_comes_back(digits: Path, tmp_path: Path, mode: str) -> None:
     """Three nodes, one killed: the others never restart. Back from its checkpoint it takes the masters of another."""
     with nodes_apart(digits, tmp_path, 3, 1, *LONG, f"adapters.mode={mode}") as (_, nodes):
@@ -131,6 +132,7 @@ def test_a_node_is_killed_and_comes_back(digits: Path, tmp_path: Path, mode: str
 
 
 @pytest.mark.faults
+@by_hand
 def test_a_node_that_stops_for_a_while(digits: Path, tmp_path: Path) -> None:
     """SIGSTOP for longer than the lighthouse waits: the others merge without it, and it takes their masters."""
     with nodes_apart(digits, tmp_path, 3, 1, *LONG) as (_, nodes):
@@ -176,6 +178,7 @@ def _still(node: Node) -> int:
 
 
 @pytest.mark.faults
+@by_hand
 def test_a_node_that_does_not_fit_is_refused(digits: Path, tmp_path: Path) -> None:
     """One with another's number, and one with another configuration: one line each; the others go on without them."""
     with nodes_apart(digits, tmp_path, 2, 1, *LONG) as (lighthouse, nodes):
@@ -245,7 +248,7 @@ def assert_went_through(*nodes: Node) -> None:
 
 
 @pytest.mark.faults
-@pytest.mark.skipif(KILLS <= 3, reason="some ten minutes; asked for by a larger KILLS")
+@by_hand
 def test_random_kills_cost_no_accuracy(digits: Path, tmp_path: Path) -> None:
     """kill -9 of whole nodes at random moments of the demo's run, each started again a little later.
 
