@@ -54,7 +54,8 @@ class TrainState:
             numbers = value.values() if isinstance(value, dict) else [value]
             right = isinstance(value, dict) == (kind is dict) and all(type(n) in (int, float) for n in numbers)
             if kind is None or not right or (kind is int and type(value) is not int):
-                raise ValueError(f"{where}: its state has {key} = {str(value)[:40]}; name another checkpoint")
+                shown = f"{ascii(key)[1:-1]} = {value!a}"[:60]  # text of the file, line breaks and all
+                raise ValueError(f"{where}: its state has {shown}; name another checkpoint")
         return cls(**values)
 
     def resumed(self, *, first: bool) -> None:

@@ -33,7 +33,10 @@ from tests.streams import stream, take
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 fuzzed = settings(
-    max_examples=EXAMPLES, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=True
+    max_examples=EXAMPLES,
+    deadline=120_000,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    print_blob=True,
 )
 
 # Where and what to overwrite, to cut, to insert; places as a part of the whole.

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from lte_scale.data import open_index
 from lte_scale.run_dir import whole_checkpoints
+from lte_scale.state import TrainState
 from tests.saver import Run, relist
 from tests.shard_files import png, sample_files, write_lengths, write_tar
 from tests.streams import HERE, identities, stream, take
@@ -145,3 +146,10 @@ def test_names_from_an_archive_do_not_reach_the_terminal_as_they_are(tmp_path: P
     write_tar(tmp_path / "0.tar", files)
     batch = take(stream(open_index(str(tmp_path)), batch_size=2, data=replace(HERE, shuffle_buffer=1)), 1)[0]
     assert len(batch.bad) == 1 and batch.bad[0].isprintable()
+
+
+@pytest.mark.parametrize("values", [{"sent_bytes": "\r"}, {"run": "\x1b[2J"}, {"a\nb": 1}])
+def test_nor_do_texts_from_a_checkpoint(tmp_path: Path, values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="its state has .* = .*; name another checkpoint") as refusal:
+        TrainState.read(values, tmp_path)
+    assert str(refusal.value).isprintable()
