@@ -150,6 +150,6 @@ def test_names_from_an_archive_do_not_reach_the_terminal_as_they_are(tmp_path: P
 
 @pytest.mark.parametrize("values", [{"sent_bytes": "\r"}, {"run": "\x1b[2J"}, {"a\nb": 1}])
 def test_nor_do_texts_from_a_checkpoint(tmp_path: Path, values: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="its state has .* = .*; name another checkpoint") as refusal:
+    with pytest.raises(ValueError, match=r"its state has .* = .*; name another checkpoint") as refusal:
         TrainState.read(values, tmp_path)
     assert str(refusal.value).isprintable()
