@@ -32,7 +32,7 @@ def check(prints: Sequence[int], ranks: Sequence[int]) -> None:
     Raises:
         Disagreement: naming the ranks whose masters are not those of most (all of them, where there is no majority).
     """
-    odd = strays(prints, ranks) if len(set(prints)) > 1 else []
+    odd = strays(prints, ranks)
     if not odd:
         return
     names = ", ".join(map(str, odd))

@@ -101,14 +101,19 @@ class RollCall:
 
 
 class MergerApart(Merger):
-    """A `Merger` of one node among others that come and go."""
+    """A `Merger` of one node among others that come and go.
+
+    Attributes:
+        course: this node's run, once it has joined.
+    """
+
+    course: Course
 
     def __init__(self, heads: Heads, engine: Engine, collectives: Collectives, arrangement: Arrangement) -> None:
         """Raises ValueError if the lighthouse does not answer."""
         super().__init__(heads, engine, collectives, arrangement)
         self.fault_tolerance = arrangement.config.fault_tolerance
         self.quorum = Quorum(self.fault_tolerance, collectives, self.exchange.device)
-        self.course: Course | None = None
         self._together = 0
         self._configured = _digest(arrangement)
 
@@ -154,7 +159,6 @@ class MergerApart(Merger):
             Interrupted: if this node was told to end while it waited; nothing has changed.
             RuntimeError: if nodes are lost in try after try.
         """
-        assert self.course is not None
         behind = False
         for attempt in range(1, _TRIES + 1):
             with self.clock(("global", "wait")):
@@ -187,7 +191,6 @@ class MergerApart(Merger):
         if sums is not None or behind:
             self._tell(called, behind=behind)
             self._take(sums, called, window, decay, shards)
-        assert self.course is not None
         place = Place(called.furthest("step"), called.furthest("position"), self.quorum.merges)
         if sums is not None and self.arrangement.config.adapters.redraw:  # every B is zero
             self.heads.initialise(seed_of(self.arrangement.config.seed, place.step))
@@ -212,7 +215,6 @@ class MergerApart(Merger):
         self.quorum.reject(reason)
 
     def _roll_call(self, *, gives: bool, behind: bool) -> RollCall:
-        assert self.course is not None
         ft, place = self.fault_tolerance, self.course.place
         table = RollCall.of(
             ft.node, ft.nodes, self.exchange.device,
@@ -269,7 +271,6 @@ class MergerApart(Merger):
             self.replicas.write(self.replicas.outer.masters)
 
     def _tell(self, called: RollCall, *, behind: bool) -> None:
-        assert self.course is not None
         here, step = len(called.nodes), called.furthest("step")
         if behind:
             log.info(

@@ -98,8 +98,7 @@ class Traces:
         """
         heads_per_node = config.topology.heads_per_node or ranks_per_node
         topology = Topology(nodes=nodes, ranks_per_node=ranks_per_node, heads_per_node=heads_per_node)
-        if (ft := config.fault_tolerance).enabled:
-            topology = replace(topology, first_node=ft.node, of_nodes=ft.nodes)
+        topology = topology.among(config.fault_tolerance)
         # Shapes are those of one head: any number of them will do.
         adapted = next(iter(self._adapted.values()), None) or self._with_heads(topology.heads_per_rank, "")
         return Arrangement(shapes_of(adapted.heads, list(adapted.blocks)), topology, config)

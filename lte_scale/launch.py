@@ -10,7 +10,6 @@ import signal
 import socket
 import sys
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -63,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         writers.check_installed(config.metrics)
         if config.fault_tolerance.enabled:
             quorum.check_installed()
-            topology = replace(topology, first_node=config.fault_tolerance.node, of_nodes=config.fault_tolerance.nodes)
+        topology = topology.among(config.fault_tolerance)
     except ValueError:
         if int(os.environ.get("RANK", "0")) == 0:  # all ranks read the same configuration
             raise

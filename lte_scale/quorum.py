@@ -17,7 +17,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lte_scale.collectives import Collectives, Group, all_reduce_bytes
+from lte_scale.config.checks import lighthouse_address
 from lte_scale.config.schema import FaultToleranceConfig
 
 _CONNECT = timedelta(seconds=10)
@@ -54,12 +54,7 @@ class Quorum:
         nodes: how many there were at the last merge, this one included.
     """
 
-    def __init__(
-        self,
-        config: FaultToleranceConfig,
-        collectives: Collectives,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, config: FaultToleranceConfig, collectives: Collectives, device: torch.device) -> None:
         """Collective in the node.
 
         Raises:
@@ -73,7 +68,7 @@ class Quorum:
         self._behind = False
         topology = collectives.topology
         self._peers = Group((topology.whole.rank,), "inter_node", None)
-        own = self._own_address(config.lighthouse)
+        own = self._own_address(config)
         # torchrun's own store outlives a restart of the ranks, and with it the address of a manager that is gone.
         self._store = TCPStore(own, 0, is_master=True, wait_for_workers=False) if topology.local_rank == 0 else None
         store_port = collectives.broadcast_object(self._store.port if self._store else 0)
@@ -100,16 +95,15 @@ class Quorum:
             hostname=own,
         )
 
-    def _own_address(self, lighthouse: str) -> str:
+    def _own_address(self, config: FaultToleranceConfig) -> str:
         """This node's address on the network to the lighthouse. Collective in the node."""
         found = refusal = ""
         if self.collectives.topology.local_rank == 0:
-            address = urlsplit(lighthouse)
             try:
-                with socket.create_connection((address.hostname, address.port), _CONNECT.total_seconds()) as probe:
+                with socket.create_connection(lighthouse_address(config), _CONNECT.total_seconds()) as probe:
                     found = str(probe.getsockname()[0])
             except OSError as error:
-                refusal = f"{lighthouse} does not answer ({error}); start torchft_lighthouse there"
+                refusal = f"{config.lighthouse} does not answer ({error}); start torchft_lighthouse there"
         found, refusal = self.collectives.broadcast_object((found, refusal))
         if refusal:
             raise ValueError(f"fault_tolerance.lighthouse: {refusal}")

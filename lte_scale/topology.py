@@ -9,6 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # whose checks use this module
+    from lte_scale.config.schema import FaultToleranceConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +58,10 @@ class Topology:
     @property
     def local_rank(self) -> int:
         return self.rank % self.ranks_per_node
+
+    def among(self, jobs: FaultToleranceConfig) -> Topology:
+        """The same job in its place, where nodes are jobs of their own."""
+        return replace(self, first_node=jobs.node, of_nodes=jobs.nodes) if jobs.enabled else self
 
     @property
     def all_nodes(self) -> int:

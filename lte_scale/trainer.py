@@ -45,7 +45,13 @@ class TrainingError(RuntimeError):
 
 
 class Trainer:
-    """One run of one configuration on this process's part of the world. A context manager."""
+    """One run of one configuration on this process's part of the world. A context manager.
+
+    Attributes:
+        batches: what is trained on next, while it trains.
+    """
+
+    batches: Iterator[Batch]
 
     def __init__(self, config: Config, collectives: Collectives, device: torch.device) -> None:
         config, topology = with_precision(config, device), collectives.topology
@@ -84,7 +90,6 @@ class Trainer:
         self.watchdog = Watchdog(collectives, run_dir, config.watchdog.seconds)
         self.preemption.meanwhile = lambda: self.watchdog.beat(self.state.step, "agreeing on the last step")
         self.state, self.position = TrainState(classes=classes), 0
-        self.batches = self.stream.iterate(0)
 
     def __enter__(self) -> Trainer:
         return self

@@ -13,7 +13,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("rank", "agent", "launcher", "all")
+KILLS, SEED = int(os.environ.get("KILLS", "3")), int(os.environ.get("SEED", "0"))
+"""How many kills a test makes, and what chooses them."""
 _END_SECONDS = 60.0
+
+
+def emulated(launcher: int) -> dict[int, list[bytes]]:
+    """The environment of every process of an emulation but its launcher, by process id."""
+    found = {}
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            entries = environ.read_bytes().split(b"\0")
+        except OSError:  # gone meanwhile, or another user's
+            continue
+        if any(entry.startswith(f"LTE_EMULATION={launcher}-".encode()) for entry in entries):
+            found[int(environ.parent.name)] = entries
+    return found
 
 
 @dataclass
@@ -92,14 +107,9 @@ class Kills:
         """Ranks (and what they have forked), and the other processes of the emulation but its launcher."""
         ranks: list[int] = []
         agents: list[int] = []
-        for environ in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                entries = environ.read_bytes().split(b"\0")
-            except OSError:  # gone meanwhile, or another user's
-                continue
-            if any(entry.startswith(f"LTE_EMULATION={job.pid}-".encode()) for entry in entries):
-                is_rank = any(entry.startswith(b"RANK=") for entry in entries)
-                (ranks if is_rank else agents).append(int(environ.parent.name))
+        for pid, entries in emulated(job.pid).items():
+            is_rank = any(entry.startswith(b"RANK=") for entry in entries)
+            (ranks if is_rank else agents).append(pid)
         return ranks, agents
 
     def _see_all_gone(self, job: subprocess.Popen[str]) -> None:

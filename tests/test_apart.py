@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import time
@@ -17,11 +16,11 @@ from lte_scale.config import check_topology, load_config
 from lte_scale.estimate import make_plan
 from lte_scale.run_dir import whole_checkpoints
 from tests.apart import Node, nodes_apart
+from tests.kills import KILLS, SEED
 from tests.test_train import ROOT, SMALL, command, finish, records, start, tensors
 
 STEPS = 240
-by_hand = pytest.mark.skipif(int(os.environ.get("KILLS", "3")) <= 3, reason="minutes; asked for by KILLS above 3")
-KILLS, SEED = int(os.environ.get("KILLS", "3")), int(os.environ.get("SEED", "0"))
+by_hand = pytest.mark.skipif(KILLS <= 3, reason="minutes; asked for by KILLS above 3")
 
 RUN = [*SMALL, "engine=fsdp", "merge={every: 8, local_every: 4, outer: nesterov}", "data.workers=0"]
 LONG = [*RUN, f"train.duration={STEPS}", "evaluate.every=120", "checkpoint.every=16"]
@@ -80,6 +79,10 @@ def assert_bytes_are_planned(node: Node, *, merges: int) -> None:
         (
             ["fault_tolerance.lighthouse=head:29510"],
             "fault_tolerance.lighthouse: 'head:29510'; allowed: the address",
+        ),
+        (
+            ["fault_tolerance.lighthouse=http://[head:29510"],
+            "fault_tolerance.lighthouse: 'http://[head:29510'; allowed",
         ),
         (["fault_tolerance.node=2"], "fault_tolerance.node: 2 of 2 nodes; they are numbered from 0"),
         (

@@ -8,7 +8,6 @@ training, merging, evaluating or saving.
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -17,10 +16,9 @@ import pytest
 
 from lte_scale.cli import main
 from lte_scale.run_dir import whole_checkpoints
-from tests.kills import Kills
+from tests.kills import KILLS, SEED, Kills
 from tests.test_train import SMALL, command, tensors
 
-KILLS, SEED = int(os.environ.get("KILLS", "3")), int(os.environ.get("SEED", "0"))
 RUN = [*SMALL, "merge={every: 8, local_every: 4}", "train.duration=80", "train.accumulate=2", "data.workers=1"]
 RUN += ["checkpoint.every=4", "evaluate.every=8"]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lte_scale.cli import main
+from tests.kills import emulated
 from tests.test_train import EMULATE, SMALL, assert_same_end, command, records, wait_for_step
 
 TWO_NODES = [*EMULATE[:2], "--nodes", "2", "--ranks-per-node", "1", "--"]
@@ -20,14 +21,7 @@ RUNS_SECONDS, STOPS_SECONDS = 0.1, 0.4
 
 def rank_of(job: subprocess.Popen[str], rank: int) -> int:
     """Process id of a rank of an emulation."""
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            entries = environ.read_bytes().split(b"\0")
-        except OSError:  # gone meanwhile, or another user's
-            continue
-        if f"RANK={rank}".encode() in entries and any(e.startswith(b"LTE_EMULATION=%d-" % job.pid) for e in entries):
-            return int(environ.parent.name)
-    raise AssertionError(f"no rank {rank}")
+    return next(pid for pid, entries in emulated(job.pid).items() if f"RANK={rank}".encode() in entries)
 
 
 @pytest.mark.faults

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from lte_scale.config.deepspeed import settings
 from lte_scale.config.methods import check_method
-from lte_scale.config.schema import Config, ConfigError, MergeConfig
+from lte_scale.config.schema import Config, ConfigError, FaultToleranceConfig, MergeConfig
 from lte_scale.schedules import parse_duration, parse_range
 from lte_scale.topology import Topology
 
@@ -135,37 +135,44 @@ def _fault_tolerance(config: Config) -> None:
     ft, merge = config.fault_tolerance, config.merge
     if not ft.enabled:
         return
-    address = urlsplit(ft.lighthouse)
-    if address.scheme != "http" or not address.hostname or not _port_of(address):
-        raise ConfigError(
-            f"fault_tolerance.lighthouse: {ft.lighthouse!r}; allowed: the address of a torchft_lighthouse, as "
-            "http://head:29510"
-        )
+    lighthouse_address(ft)
     if ft.node >= ft.nodes:
         raise ConfigError(
             f"fault_tolerance.node: {ft.node} of {ft.nodes} nodes; they are numbered from 0 to fault_tolerance.nodes-1"
         )
-    refused = [
-        (config.base.scope != "node", f"base.scope: {config.base.scope!r}", "node"),
-        (config.optimizer.average != "head", f"optimizer.average: {config.optimizer.average!r}", "head"),
-        (merge.delay != 0, f"merge.delay: {merge.delay}", "0"),
-        (merge.fragments != 1, f"merge.fragments: {merge.fragments}", "1"),
-        (merge.path == "factor", f"merge.path: {merge.path!r}", "auto"),
-        (merge.precision != "fp32", f"merge.precision: {merge.precision!r}", "fp32"),
+    only: list[tuple[str, object, tuple[object, ...]]] = [
+        ("base.scope", config.base.scope, ("node",)),
+        ("optimizer.average", config.optimizer.average, ("head",)),
+        ("merge.delay", merge.delay, (0,)),
+        ("merge.fragments", merge.fragments, (1,)),
+        ("merge.path", merge.path, ("auto", "dense")),
+        ("merge.precision", merge.precision, ("fp32",)),
     ]
-    for bad, key, instead in refused:
-        if bad:
+    for key, value, allowed in only:
+        if value not in allowed:
             raise ConfigError(
-                f"{key} with fault_tolerance.enabled: nodes that come and go exchange whole changes at once, in fp32; "
-                f"use {key.partition(':')[0]}={instead}"
+                f"{key}: {value!r} with fault_tolerance.enabled: nodes that come and go exchange whole changes at "
+                f"once, in fp32; use {key}={allowed[0]}"
             )
 
 
-def _port_of(address: SplitResult) -> int | None:
+def lighthouse_address(config: FaultToleranceConfig) -> tuple[str, int]:
+    """Host and port of `fault_tolerance.lighthouse`.
+
+    Raises:
+        ConfigError: if it is no such address.
+    """
     try:
-        return address.port
-    except ValueError:  # no number, or too large a one
-        return None
+        address = urlsplit(config.lighthouse)
+        host, port = address.hostname, address.port
+    except ValueError:  # brackets that do not close, a port that is no number or too large a one
+        host = port = None
+    if not host or not port or address.scheme != "http":
+        raise ConfigError(
+            f"fault_tolerance.lighthouse: {config.lighthouse!r}; allowed: the address of a torchft_lighthouse, as "
+            "http://head:29510"
+        )
+    return host, port
 
 
 def _divides_every(merge: MergeConfig, key: str, value: int) -> None:
