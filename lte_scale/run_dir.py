@@ -9,6 +9,7 @@ from typing import cast
 
 from lte_scale import checksums
 from lte_scale.contents import read_state
+from lte_scale.log import log
 
 _NAME = re.compile(r"step_(\d{8,})")
 
@@ -53,7 +54,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def resolve(location: str) -> Path:
-    """The checkpoint that a path names: itself, or the newest of a run.
+    """The checkpoint that a path names: itself, or the newest whole one of a run; a newer, torn one is told.
 
     Raises:
         ValueError: if there is none.
@@ -62,6 +63,8 @@ def resolve(location: str) -> Path:
     if _is_whole(path):
         return path
     if found := whole_checkpoints(path):
+        for torn in (named for named in named_checkpoints(path) if step_of(named) > step_of(found[-1])):
+            log.warning("%s lacks files of a checkpoint; using %s", torn, found[-1].name)
         return found[-1]
     siblings = whole_checkpoints(path.parent.parent) or whole_checkpoints(path.parent)
     hint = f"the newest of its run is {siblings[-1]}" if siblings else "name a run directory or one of its checkpoints"

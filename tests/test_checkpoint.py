@@ -162,12 +162,13 @@ def test_sha256sum_reads_the_list(two_saved: tuple[Path, dict[str, Tensor]]) -> 
 
 @pytest.mark.parametrize("deleted", [".metadata", "train_state.json", "SHA256SUMS"])
 def test_without_what_makes_it_whole_it_is_no_checkpoint(
-    two_saved: tuple[Path, dict[str, Tensor]], tmp_path: Path, deleted: str
+    two_saved: tuple[Path, dict[str, Tensor]], tmp_path: Path, deleted: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(two_saved[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoints" / "step_00000004" / deleted).unlink()
     assert names(tmp_path) == ["step_00000002"]
     assert resolve(str(tmp_path)).name == "step_00000002"
+    assert "step_00000004 lacks files of a checkpoint; using step_00000002" in caplog.text
     with pytest.raises(ValueError, match=r"step_00000004: no checkpoint; the newest of its run is .*step_00000002"):
         resolve(str(tmp_path / "checkpoints" / "step_00000004"))
     Run(tmp_path).save(4)  # in its place
