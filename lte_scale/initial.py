@@ -44,7 +44,33 @@ def base_slice(name: str, shape: tuple[int, int], start: int, stop: int, *, std:
 
 
 def orthogonal_factor(name: str, rank: int, into: int, head: int, *, seed: int) -> Tensor:
-    """A_n [rank, into] of global head `head`: semi-orthogonal rows times sqrt(into / rank), other for every head."""
-    values = torch.empty(rank, into)
-    torch.nn.init.orthogonal_(values, gain=math.sqrt(into / rank), generator=generator("A", name, head, seed))
-    return values
+    """A_n [rank, into] of global head `head`: orthonormal rows times sqrt(into / rank), other for every head.
+
+    Heads take the rows of one random basis after another, so that sum_n A_n^T A_n is close to a multiple of the
+    identity: a merge sees every input direction about as often. Of independent draws some are seen by many heads and
+    others by none, and a merge is that much further from the gradient (docs/LOG.md, 2026-11-27).
+    """
+    parts, row, stop = [], head * rank, (head + 1) * rank
+    while row < stop:
+        number, start = divmod(row, into)
+        end = min(into, start + stop - row)
+        parts.append(_basis_rows(into, start, end, generator("A", name, number, seed)))
+        row += end - start
+    rows = torch.cat(parts)
+    if len(parts) > 1:  # rows of two bases are nearly orthogonal: take the nearest that are
+        left, _, right = torch.linalg.svd(rows, full_matrices=False)
+        rows = left @ right
+    return (rows * math.sqrt(into / rank)).float()
+
+
+def _basis_rows(into: int, start: int, stop: int, random: torch.Generator) -> Tensor:
+    """Rows [start, stop) of a random orthonormal basis [into, into], float64, at the cost of these rows alone.
+
+    A cosine transform (DCT-II) with rows and columns in random order and random signs of columns: subsampled
+    randomised transforms stand in for uniformly random projections (Halko et al., arXiv 0909.4061, section 4.6).
+    """
+    frequency = torch.randperm(into, generator=random)[start:stop, None].double()
+    place = torch.randperm(into, generator=random).double()
+    signs = torch.randint(0, 2, (into,), generator=random).double() * 2 - 1
+    rows = torch.cos(math.pi / into * (place + 0.5) * frequency) * math.sqrt(2 / into)
+    return torch.where(frequency == 0, math.sqrt(1 / into), rows) * signs
