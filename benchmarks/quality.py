@@ -36,6 +36,17 @@ RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
 SOURCE = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
 IMAGES_PER_STEP = 256
 START = 2e-3
+BETWEEN_NODES = {
+    "int8 between nodes": ("merge.precision=int8",),
+    "int4 between nodes": ("merge.precision=int4",),
+    "int8, merges 3 steps under way": ("merge.precision=int8", "merge.delay=3"),
+    "T=20, 2 fragments, int8, 3 steps under way": (
+        "merge.every=20",
+        "merge.fragments=2",
+        "merge.precision=int8",
+        "merge.delay=3",
+    ),
+}
 NESTEROV = ("merge.outer=nesterov", "merge.outer_lr=0.8", "merge.outer_momentum=0.5")
 Run = dict[str, Any]
 
@@ -53,11 +64,12 @@ COMMON = (
 
 @dataclass(frozen=True)
 class Row:
-    """A setting, and how many seeds it is to have (1: for a trend, no comparison)."""
+    """A setting, how many seeds it is to have (1: for a trend, no comparison), and on how many nodes of one rank."""
 
     overrides: tuple[str, ...]
     seeds: int = 1
     tuned: bool = True
+    nodes: int = 1
 
     def command(self, rate: float, seed: int, duration: str) -> tuple[str, ...]:
         own = (f"optimizer.lr={rate:g}", f"optimizer.replica_lr={rate:g}", f"train.duration={duration}", f"seed={seed}")
@@ -77,6 +89,12 @@ def _lte(*overrides: str, heads: int = 8, seeds: int = 1) -> Row:
     return Row(("method=lte", *_heads(heads), *(overrides or NESTEROV)), seeds=seeds, tuned=False)
 
 
+def _between_nodes(*overrides: str) -> Row:
+    """LTE's eight heads, four on either of two nodes: in fp32 and without delay the same run, to rounding."""
+    settings = ("method=lte", *_heads(8), "topology.heads_per_node=4", *NESTEROV, "engine=fsdp", *overrides)
+    return Row(settings, seeds=3, tuned=False, nodes=2)
+
+
 ROWS: dict[str, Row] = {
     "full": _one("full"),
     "lte": replace(_lte(seeds=3), tuned=True),
@@ -87,6 +105,7 @@ ROWS: dict[str, Row] = {
     **{f"lte T={T}": _lte(*NESTEROV, f"merge.every={T}") for T in (1, 5, 25, 50)},
     **{f"lte rank={r}": _lte(*NESTEROV, f"adapters.rank={r}") for r in (4, 64)},
     **{f"lte heads={h}": _lte(heads=h) for h in (1, 4, 32)},
+    **{f"lte, {what}": _between_nodes(*overrides) for what, overrides in BETWEEN_NODES.items()},
 }
 
 
@@ -140,7 +159,11 @@ class Bench:
         overrides = ROWS[name].command(rate, seed, self.duration)
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as directory:
-            command = [sys.executable, "-m", "lte_scale", "train", "configs/vit_fashion.yaml", *overrides]
+            nodes = ROWS[name].nodes
+            command = [sys.executable, "-m", "lte_scale"]
+            if nodes > 1:
+                command = [sys.executable, "launchers/emulate.py", "--nodes", str(nodes), "--ranks-per-node", "1", "--"]
+            command += ["train", "configs/vit_fashion.yaml", *overrides]
             command += [f"run_dir={directory}/run", f"data.train={self.data}/train", f"data.val={self.data}/val"]
             subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
             records = [
