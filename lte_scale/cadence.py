@@ -5,25 +5,34 @@ fragment 1 departs, lands                   1   1
 fragment 2                                          2      2
 fragment 0, with the replica parameters                        0     0
 fragment 1 again                                                           1
+
+every 6, growth 0.5                   step  1 2 3 4 5 6 7 8 9 10 11 12 13 ... 19 ... 25 ...
+all fragments                               0 0 0 0   0     0          0      0      0
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cached_property
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Cadence:
     """Periods in optimizer steps.
 
     A fragment's global merge *departs* when its change is sent, and *lands* `delay` steps later when it is applied. No
     two are under way at the same time, and no heads are merged meanwhile.
+
+    With `growth` a window is no longer than this share of the steps before it. As long as that is less than `every`,
+    all fragments depart at its end, and land at once.
     """
 
     every: int
     local_every: int
     fragments: int = 1
     delay: int = 0
+    growth: float = 0.0
 
     @property
     def two_level(self) -> bool:
@@ -40,17 +49,55 @@ class Cadence:
         """Steps between the departures of two fragments."""
         return self.every // self.fragments
 
+    @cached_property
+    def _early(self) -> list[int]:
+        """0, and the ends of the windows that are shorter than `every`."""
+        ends = [0]
+        while self.growth and (length := max(1, int(self.growth * ends[-1]))) < self.every:
+            whole = length - length % self.local_every
+            ends.append(ends[-1] + (whole or length))
+        return ends
+
+    @property
+    def grown(self) -> int:
+        """The step after which windows have their full length."""
+        return self._early[-1]
+
+    def _begun(self, step: int) -> int:
+        """The end of the window before that of `step`, for a step no later than `grown`."""
+        return self._early[max(0, bisect_left(self._early, step) - 1)]
+
+    def window_end(self, step: int) -> int:
+        """The last step of the window of `step`."""
+        if step <= self.grown:
+            return self._early[bisect_left(self._early, step)]
+        return step + (self.grown - step) % self.every
+
+    def covered(self, step: int) -> range:
+        """The steps that are behind a fragment's merge which lands after `step`."""
+        first = self._begun(step) if step <= self.grown else max(self.grown, step - self.every)
+        return range(first + 1, step + 1)
+
     def departs(self, step: int) -> int | None:
         """The fragment that departs after `step`; 0, with the replica parameters, at the end of every window."""
+        if 0 < step <= self.grown:
+            return 0 if step in self._early else None
+        step -= self.grown
         return step // self.apart % self.fragments if step > 0 and step % self.apart == 0 else None
+
+    def takes_time(self, step: int) -> bool:
+        """Whether what departs after `step` lands later."""
+        return self.delay > 0 and step > self.grown
 
     def lands(self, step: int) -> int | None:
         """The fragment that lands after `step`."""
-        return self.departs(step - self.delay)
+        departed = step - self.delay if step > self.grown else step
+        return self.departs(departed) if step <= self.grown or departed > self.grown else None
 
     def is_local(self, step: int) -> bool:
         """Whether what does not depart after `step` is merged inside the nodes."""
-        return self.two_level and step % self.local_every == 0
+        start = self._begun(step) if step <= self.grown else self.grown
+        return self.two_level and (step - start) % self.local_every == 0
 
     def due(self, step: int) -> bool:
         """Whether there is anything to merge after `step`."""
@@ -58,11 +105,12 @@ class Cadence:
 
     def under_way(self, step: int) -> bool:
         """Whether a global merge has departed by the end of `step`, and not landed."""
+        step -= self.grown
         return step >= self.apart and step % self.apart < self.delay
 
     def at_rest(self, step: int) -> int:
         """The first step from `step` on after which nothing is under way: a run may end there, and be saved."""
-        return step - step % self.apart + self.delay if self.under_way(step) else step
+        return step - (step - self.grown) % self.apart + self.delay if self.under_way(step) else step
 
     def sets_sent(self, step: int, *, last: bool = False) -> dict[int, int]:
         """Merges of the heads since the last global one, this one included, of every fragment that departs at `step`.
@@ -70,10 +118,14 @@ class Cadence:
         `last`: the run ends here, and all fragments are merged.
         """
         departing = self.departs(step)
-        fragments = range(self.fragments) if last else () if departing is None else (departing,)
+        whole = last or (departing is not None and step <= self.grown)
+        fragments = range(self.fragments) if whole else () if departing is None else (departing,)
         return {fragment: self._since(fragment, step) // self.local_every or 1 for fragment in fragments}
 
     def _since(self, fragment: int, step: int) -> int:
         """Steps since the last departure of `fragment` before `step`."""
+        if step <= self.grown:
+            return step - self._begun(step)
+        step -= self.grown
         first = fragment * self.apart or self.every
         return (step - first - 1) % self.every + 1 if step > first else step

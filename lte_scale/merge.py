@@ -139,7 +139,7 @@ class Merger:
         if self.flight is not None and (last or self.cadence.lands(step) is not None):
             self._land(self.flight, decay)
         departing = self.cadence.sets_sent(step, last=last)
-        delayed = bool(departing) and self.cadence.delay > 0 and not last
+        delayed = bool(departing) and self.cadence.takes_time(step) and not last
         scope = "global" if departing else "local"
         jobs: dict[Bucket | str, Callable[[], Tensor]] = {}
         with self.editable() as shards:

@@ -169,6 +169,7 @@ def _heading(plan: Plan) -> Iterator[str]:
         f"per step, {images:,} per node"
     )
     local = f" (in the node {a.local_every})" if a.two_level else ""
+    local += f", growing up to step {a.cadence.grown}" if a.cadence.growth else ""
     local += f" in {a.cadence.fragments} fragments" if a.cadence.fragments > 1 else ""
     local += f", {a.cadence.delay} steps under way" if a.cadence.delay else ""
     sent = "" if c.merge.precision == "fp32" else f", {c.merge.precision} between nodes"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -88,10 +87,9 @@ class Schedule:
         """Durations for `heads` heads on an epoch of `samples`; the total is rounded up to whole windows."""
         images = heads * config.train.batch_size * config.train.accumulate
         per_epoch = samples / images
-        every = config.merge.every
         return cls(
             config=config,
-            total=math.ceil(max(1, to_steps(config.train.duration, per_epoch)) / every) * every,
+            total=config.merge.cadence.window_end(max(1, to_steps(config.train.duration, per_epoch))),
             warmup=to_steps(config.schedule.warmup, per_epoch),
             decay=to_steps(config.schedule.decay, per_epoch),
             evaluate=to_steps(config.evaluate.every, per_epoch),
@@ -116,6 +114,5 @@ class Schedule:
 
     def master_decay(self, step: int) -> float:
         """Fraction that decoupled weight decay takes from the master at the merge after `step`."""
-        rate = self.config.merge.weight_decay
-        window = range(max(1, step - self.config.merge.every + 1), step + 1)
-        return rate * sum(self.lr(self.config.optimizer.lr, s) for s in window) if rate else 0.0
+        rate, steps = self.config.merge.weight_decay, self.config.merge.cadence.covered(step)
+        return rate * sum(self.lr(self.config.optimizer.lr, s) for s in steps) if rate else 0.0

@@ -218,10 +218,10 @@ def _traffic_after(a: Arrangement, rank: int, step: int, *, last: bool) -> Traff
     """The merges after `step`; what is under way counts where it lands."""
     cadence = a.cadence
     departing, sent = cadence.sets_sent(step, last=last), Traffic()
-    if cadence.delay and cadence.lands(step) is not None:
+    if cadence.takes_time(step) and cadence.lands(step) is not None:
         sent += _landing(a, rank, cadence.sets_sent(step - cadence.delay))
     elsewhere = [f for f in range(cadence.fragments) if f not in departing] if cadence.is_local(step) else []
-    if last or not cadence.delay:
+    if last or not cadence.takes_time(step):
         sent += _at_once(a, rank, departing)
         departing = {}
     return sent + _in_node(a, rank, [*elsewhere, *departing], replicas=0 in [*elsewhere, *departing])

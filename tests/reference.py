@@ -111,7 +111,7 @@ class Reference:
     @torch.no_grad()
     def _merge(self, step: int, *, last: bool) -> None:
         """Inside the nodes; what departs is the mean over them, which lands at once or `delay` steps later."""
-        landing = self.cadence.lands(step) if self.cadence.delay else None
+        landing = self.cadence.lands(step) if self.cadence.takes_time(step) else None
         if landing is not None:
             self._land(landing)
         departing, local = self.cadence.sets_sent(step, last=last), self.cadence.is_local(step)
@@ -129,7 +129,7 @@ class Reference:
         if local or 0 in departing:
             self._mean_of_replicas()
         self.under_way = {n: torch.stack([w[n] for w in self.node_weights]).mean(0) for n in names}
-        if last or not self.cadence.delay:
+        if last or not self.cadence.takes_time(step):
             for fragment in departing:
                 self._land(fragment)
         self._write_weights()

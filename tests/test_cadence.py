@@ -34,32 +34,53 @@ def cadences(draw: st.DrawFn) -> Cadence:
     apart = local * between
     every = apart * fragments
     local = draw(st.sampled_from([local, every]))
-    return Cadence(every, local, fragments, draw(st.integers(0, min(local, apart) - 1)))
+    growth = draw(st.sampled_from([0.0, 0.05, 0.3, 1.0]))
+    return Cadence(every, local, fragments, draw(st.integers(0, min(local, apart) - 1)), growth)
 
 
 @given(cadences(), st.integers(1, 5))
 def test_every_fragment_once_a_window_and_no_two_at_a_time(c: Cadence, windows: int) -> None:
-    steps = range(1, windows * c.every + 1)
-    departures = [c.departs(step) for step in steps]
+    steps = range(1, c.grown + windows * c.every + 1)
+    departures = [c.departs(step) for step in steps if step > c.grown]
     assert [departures.count(f) for f in range(c.fragments)] == [windows] * c.fragments
     under_way: int | None = None
     merges = dict.fromkeys(range(c.fragments), 0)  # of the heads of a fragment since its last departure
     for step in steps:
         landed, departed = c.lands(step), c.departs(step)
-        if c.delay and landed is not None:
+        if c.takes_time(step) and landed is not None:
             assert under_way == landed
             under_way = None
         for fragment in merges:
-            merges[fragment] += c.is_local(step) or fragment == departed
+            merges[fragment] += c.is_local(step) or fragment == departed or (departed == 0 and step <= c.grown)
         if departed is not None:
             assert under_way is None
-            assert c.sets_sent(step) == {departed: merges[departed]}
-            merges[departed] = 0
-            under_way = departed if c.delay else None
+            departing = range(c.fragments) if step <= c.grown else [departed]
+            assert c.sets_sent(step) == {fragment: merges[fragment] for fragment in departing}
+            merges |= dict.fromkeys(departing, 0)
+            under_way = departed if c.takes_time(step) else None
         assert c.under_way(step) == (under_way is not None)
         assert not (under_way is not None and departed is None and c.is_local(step))
         assert c.due(step) == (departed is not None or landed is not None or c.is_local(step))
         assert not c.under_way(c.at_rest(step))
+
+
+def test_windows_grow_with_the_steps_behind_them() -> None:
+    c = Cadence(every=6, local_every=6, growth=0.5)
+    assert [s for s in range(1, 32) if c.due(s)] == [1, 2, 3, 4, 6, 9, 13, 19, 25, 31]
+    assert [list(c.covered(s)) for s in (1, 6, 13, 19)] == [[1], [5, 6], [10, 11, 12, 13], [14, 15, 16, 17, 18, 19]]
+
+
+@given(cadences())
+def test_windows_are_no_longer_than_their_share_of_what_is_behind_them(c: Cadence) -> None:
+    """Covered by one merge each, none longer than that, in whole local windows as soon as one fits."""
+    ends = [step for step in range(1, c.grown + 3 * c.every + 1) if c.departs(step) == 0]
+    behind = 0
+    for end in ends:
+        length, allowed = end - behind, max(1, min(c.every, int(c.growth * behind) if c.growth else c.every))
+        assert length == (allowed if allowed < c.local_every else allowed - allowed % c.local_every)
+        assert {c.window_end(step) for step in range(behind + 1, end + 1)} == {end}
+        assert list(c.covered(end)) == list(range(behind + 1, end + 1))
+        behind = end
 
 
 @pytest.mark.parametrize(
@@ -70,6 +91,7 @@ def test_every_fragment_once_a_window_and_no_two_at_a_time(c: Cadence, windows: 
         ("{every: 12, delay: 12}", ["merge.delay", "12", "merge.delay=11"]),
         ("{every: 12, fragments: 3, delay: 4}", ["merge.delay", "merge.delay=3"]),
         ("{every: 12, local_every: 2, delay: 2}", ["merge.delay", "merge.delay=1"]),
+        ("{every: 12, growth: 0.001}", ["merge.growth", "0.001", "0.01"]),
         ("{every: 12, delay: 2, optimizer_state: reset}", ["merge.optimizer_state", "keep"]),
     ],
 )

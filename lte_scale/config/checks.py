@@ -72,6 +72,13 @@ def _merge_and_base(config: Config) -> None:
             f"them; use merge.local_every={merge.every} or base.scope=node"
         )
     _delay_and_fragments(config)
+    if 0 < merge.growth < 0.01:
+        raise ConfigError(f"merge.growth: {merge.growth:g} is too small; use 0.01 or more, or 0 for none")
+    if merge.growth and config.schedule.rewarm:
+        raise ConfigError(
+            f"schedule.rewarm: {config.schedule.rewarm:g} with merge.growth {merge.growth:g}: growing windows have no "
+            "common share; use merge.growth=0 or schedule.rewarm=0"
+        )
     if config.adapters.redraw and (config.adapters.mode, merge.delay, merge.fragments) != ("reset", 0, 1):
         raise ConfigError(
             f"adapters.redraw: true with adapters.mode {config.adapters.mode!r}, merge.delay {merge.delay} and "

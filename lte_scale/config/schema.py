@@ -137,6 +137,13 @@ class MergeConfig:
 
     every: int = option(50, "Optimizer steps T between global merges.", least=1)
     local_every: int = option(0, "Steps between merges inside a node; divides `every`; 0 means the same.", least=0)
+    growth: float = option(
+        0.0,
+        "How windows grow: none is longer than this share of the steps before it, until they have `every` steps. The "
+        "early ones merge all layers at once, and everybody waits for it. 0: all have `every`; else at least 0.01.",
+        least=0,
+        most=1,
+    )
     delay: int = option(
         0,
         "Steps a global merge takes: the exchange between nodes runs beside so many steps of training, in which a "
@@ -178,7 +185,7 @@ class MergeConfig:
 
     @property
     def cadence(self) -> Cadence:
-        return Cadence(self.every, self.local_every or self.every, self.fragments, self.delay)
+        return Cadence(self.every, self.local_every or self.every, self.fragments, self.delay, self.growth)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

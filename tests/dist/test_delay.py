@@ -24,13 +24,14 @@ EVERY, STEPS = 6, 18
 
 
 class Timing(NamedTuple):
-    """`merge.delay`, `merge.fragments`, `merge.local_every`; the steps trained, and whether the run ends there."""
+    """Keys of `merge`; the steps trained, and whether the run ends there."""
 
     delay: int
     fragments: int
     local_every: int
     steps: int = STEPS
     whole: bool = True
+    growth: float = 0.0
 
 
 TIMINGS = [
@@ -42,13 +43,17 @@ TIMINGS = [
     Timing(1, 1, 2, steps=17, whole=False),
     Timing(0, 2, 1),
     Timing(1, 2, 0, steps=16, whole=False),
+    Timing(0, 1, 0, steps=21, growth=0.5),  # windows end at 1, 2, 3, 4, 6, 9, 13, 19, and with all layers after 21
+    Timing(1, 3, 0, steps=30, whole=False, growth=0.5),
+    Timing(1, 1, 2, steps=24, whole=False, growth=0.8),  # 1, 2, 3, 5, 9, 15: the last two with local merges
 ]
 MODES = ("reset", "resetless")
 
 
 def delayed(mode: str, heads: int, path: str, timing: Timing, outer: str, gather: str = "pass") -> Config:
     config = configuration(mode, heads, ("node", gather), path, timing.local_every, outer, every=EVERY)
-    return replace(config, merge=replace(config.merge, delay=timing.delay, fragments=timing.fragments))
+    merge = replace(config.merge, delay=timing.delay, fragments=timing.fragments, growth=timing.growth)
+    return replace(config, merge=merge)
 
 
 @functools.cache
@@ -72,7 +77,9 @@ def cases() -> list[tuple[str, int, str, Timing, str, str]]:
 
 
 @pytest.mark.parametrize(
-    "case", cases(), ids=lambda c: f"{c[0]}-h{c[1]}-{c[2]}-d{c[3][0]}-f{c[3][1]}-l{c[3][2]}-{c[4]}-{c[5]}"
+    "case",
+    cases(),
+    ids=lambda c: f"{c[0]}-h{c[1]}-{c[2]}-d{c[3][0]}-f{c[3][1]}-l{c[3][2]}-g{c[3].growth}-{c[4]}-{c[5]}",
 )
 def test_two_nodes_of_two_ranks(pool4: DistributedPool, case: tuple[str, int, str, Timing, str, str]) -> None:
     """Weights as the reference has them, the same bits on both nodes, and the bytes that `plan` prints."""
