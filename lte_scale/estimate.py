@@ -40,7 +40,7 @@ class Plan:
 
     Attributes:
         gather: gathering the base once.
-        window: `merge.every` steps with their merges.
+        window: `merge.every` steps with their merges, when windows have grown to that.
         methods: LTE first, then what it is held against.
         full_rank: what the others train.
     """
@@ -155,7 +155,8 @@ def make_plan(config: Config, *, nodes: int, ranks_per_node: int, traces: Traces
     a = traces.arrangement(config, nodes=nodes, ranks_per_node=ranks_per_node)
     topology, activations, spent = a.topology, traces.activations(a), traces.memory(a)
     adapted = traces.adapted(a)
-    window = of_node(a, lambda a, rank: run_traffic(a, rank, config.merge.every))
+    grown = replace(a, config=replace(config, merge=replace(config.merge, growth=0.0)))
+    window = of_node(grown, lambda a, rank: run_traffic(a, rank, config.merge.every))
     full_rank, full_rank_flops = _full_rank(config, topology, traces.classes, list(adapted.blocks), adapted.heads)
     average = {scope: sent / config.merge.every for scope, sent in by_scope(window).items()}
     return Plan(

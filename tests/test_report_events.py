@@ -39,6 +39,15 @@ def test_events_on_the_axis_and_in_a_list(tmp_path: Path) -> None:
     assert text.count("<title>resumed at step 480</title>") == text.count("<title>resumed at step 960</title>") > 6
 
 
+def test_merges_of_windows_that_grow(tmp_path: Path) -> None:
+    run = full_run(tmp_path / "demo", steps=100)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("every: 20", "every: 20\n  growth: 0.5"))
+    page = Reader(make(run, out=tmp_path / "out"))
+    # After 1, 2, 3, 4, 6, 9, 13, 18 (not 19: a window of whole merges in the node), 23, 33, 48, 68 and 88.
+    assert page.lane("Merges")[0] == 13
+
+
 @pytest.mark.parametrize(
     ("said", "kind", "step", "planned"),
     [

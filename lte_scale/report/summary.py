@@ -12,13 +12,15 @@ from lte_scale.report.anatomy import largest_part
 from lte_scale.report.network import fewer, per_image
 from lte_scale.report.runs import Run
 from lte_scale.report.tables import NONE, Row, section, table
-from lte_scale.report.timeline import merges
+from lte_scale.report.timeline import cadence
 from lte_scale.report.words import clock, count, percent, portion, ratio, several, size, times, unbroken
 
 
 def period(run: Run) -> str:
-    every, local = merges(run)
-    return f"{every or NONE} (in the node {local})" if local else str(every or NONE)
+    found = cadence(run)
+    if found is None:
+        return NONE
+    return f"{found.every} (in the node {found.local_every})" if found.two_level else str(found.every)
 
 
 def share(run: Run, key: str) -> float:

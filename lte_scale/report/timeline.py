@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lte_scale.cadence import Cadence
 from lte_scale.report.events import Event, Repeated, place, repeated
 from lte_scale.report.runs import Run
 from lte_scale.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
@@ -40,10 +41,13 @@ def timelines(runs: Sequence[Run]) -> str:
     return shown
 
 
-def merges(run: Run) -> tuple[int, int]:
-    """The periods of global and of local merges; 0 where unknown or none."""
-    every, local = run.config.get("merge.every"), run.config.get("merge.local_every")
-    return every if isinstance(every, int) else 0, local if isinstance(local, int) else 0
+def cadence(run: Run) -> Cadence | None:
+    """When the run merges, by its configuration; None where that does not tell."""
+    every, local, growth = (run.config.get(f"merge.{key}") for key in ("every", "local_every", "growth"))
+    if not isinstance(every, int) or every < 1:
+        return None
+    inside = local if isinstance(local, int) and 0 < local < every else every
+    return Cadence(every, inside, growth=growth if isinstance(growth, float) and 0.01 <= growth <= 1 else 0.0)
 
 
 def _strip(run: Run) -> str:
@@ -95,18 +99,20 @@ def _evaluations(run: Run, last: float) -> str:
 
 
 def _merges(run: Run, last: int) -> str:
-    every, local = merges(run)
-    if not every:
+    found = cadence(run)
+    if found is None:
         return ""
+    between = [step for step in range(1, last + 1) if found.departs(step) == 0]
     ticks = ""
-    for period, height in ((local, 4), (every, 9)):
-        if period and last // period <= MOST_MERGES:
-            for step in range(period, last + 1, period):
-                ends = f'x1="{percent(step / last)}" x2="{percent(step / last)}" y1="{13 - height}" y2="{13 + height}"'
-                ticks += f'<line {ends} stroke="{GREY}" opacity="0.7"/>'
-    inside = f", inside the node every {local:,}" if local and local != every else ""
-    words = f'<span class="note">every {every:,} steps{inside}</span>'
-    return _lane(f"Merges <b>{count(last // every)}</b>", f'<svg class="strip">{ticks}</svg>' if ticks else words)
+    for steps, height in ((filter(found.is_local, range(1, last + 1)), 4), (between, 9)):
+        placed = list(steps)
+        for step in placed if len(placed) <= MOST_MERGES else ():
+            ends = f'x1="{percent(step / last)}" x2="{percent(step / last)}" y1="{13 - height}" y2="{13 + height}"'
+            ticks += f'<line {ends} stroke="{GREY}" opacity="0.7"/>'
+    inside = f", inside the node every {found.local_every:,}" if found.two_level else ""
+    grown = f" from step {found.grown:,} on" if found.growth else ""
+    words = f'<span class="note">every {found.every:,} steps{inside}{grown}</span>'
+    return _lane(f"Merges <b>{count(len(between))}</b>", f'<svg class="strip">{ticks}</svg>' if ticks else words)
 
 
 def _list(groups: Sequence[Repeated], most: int) -> str:
