@@ -174,10 +174,8 @@ def _heading(plan: Plan) -> Iterator[str]:
     local += f", {a.cadence.delay} steps under way" if a.cadence.delay else ""
     sent = "" if c.merge.precision == "fp32" else f", {c.merge.precision} between nodes"
     precision = c.train.precision + (f", base in {c.base.precision}" if c.base.quantised else "")
-    yield (
-        f"base: scope {c.base.scope}, gather {c.base.gather}, engine {c.engine.name}, {precision}; merge "
-        f"every {c.merge.every} steps{local}{sent}; {c.adapters.mode}, outer {c.merge.outer}"
-    )
+    yield f"base: scope {c.base.scope}, gather {c.base.gather}, engine {c.engine.name}, {precision}"
+    yield f"merge: every {c.merge.every} steps{local}{sent}; {c.adapters.mode}, outer {c.merge.outer}"
     yield (
         f"FLOPs per image and training step: LTE {size(plan.flops, '')}, full-rank {size(plan.full_rank_flops, '')} "
         f"({plan.flops / plan.full_rank_flops:.2f})"
