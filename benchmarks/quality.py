@@ -4,10 +4,10 @@
     benchmarks/quality.py --hours 1                      what is missing of all rows, for at most about an hour
     benchmarks/quality.py --duration 5ep ROW [ROW ...]   of these rows, with longer runs
 
-Real images (Fashion-MNIST), a vision transformer of half a million parameters, one process. A row's learning rate is
-tuned on seed 0, the same way for all: doubled or halved from the same start until the best has a worse one on either
-side; at the best one further seeds are run. LTE's rate is the dense equivalent one (docs/recipes.md); alpha is not
-tuned.
+Real images (Fashion-MNIST), a vision transformer of half a million parameters, one process, or two emulated nodes where
+it is about what crosses between them. A row's learning rate is tuned on seed 0, the same way for all: doubled or halved
+from the same start until the best has a worse one on either side; at the best one further seeds are run. LTE's rate is
+the dense equivalent one (docs/recipes.md); alpha is not tuned.
 
 A run that is in benchmarks/results/quality.json is not repeated; every run is added when it ends. docs/quality.md is
 written at the end (`--hours 0`: that alone).

@@ -91,8 +91,10 @@ class Cadence:
 
     def lands(self, step: int) -> int | None:
         """The fragment that lands after `step`."""
-        departed = step - self.delay if step > self.grown else step
-        return self.departs(departed) if step <= self.grown or departed > self.grown else None
+        if step <= self.grown:
+            return self.departs(step)
+        departed = step - self.delay
+        return self.departs(departed) if departed > self.grown else None
 
     def is_local(self, step: int) -> bool:
         """Whether what does not depart after `step` is merged inside the nodes."""
