@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv demo test test-slow test-deepspeed test-faults test-slurm test-docker test-observability bench-engines bench-metrics bench-merge bench-quality bench-speed soak lint format docs dashboards clean
+.PHONY: help venv demo test test-slow test-deepspeed test-faults test-slurm test-docker test-observability bench-engines bench-metrics bench-merge bench-quality bench-speed bench-loader soak lint format docs dashboards clean
 
 help:
 	@echo "make demo       train LTE on real images on this machine, to a picture"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-observability  a real Prometheus on an emulated run, the report in a browser (root, apt)"
 	@echo "make bench-merge     LTE against DDP, FSDP and DiLoCo on emulated nodes with slow links (root; hours)"
 	@echo "make bench-speed     a step of LTE against one of full-rank training on this CPU (on a GPU: benchmarks/step.py)"
+	@echo "make bench-loader    the loader against decoding and augmenting alone"
 	@echo "make bench-quality   accuracy at equal samples: LTE, full-rank, DiLoCo, ReLoRA, LoRA (hours; goes on where it was)"
 	@echo "make bench-metrics   what metrics cost a step"
 	@echo "make bench-engines   step time, memory and merge time of the engines, side by side"
@@ -79,6 +80,9 @@ bench-metrics: venv
 
 bench-speed: venv
 	$(BIN)/python benchmarks/step.py
+
+bench-loader: venv
+	$(BIN)/python benchmarks/loader.py
 
 bench-merge: venv
 	(for tool in ip tc; do command -v $$tool >/dev/null || exit 1; done) || \

@@ -1,6 +1,6 @@
-"""timm's augmentations, from PIL image to normalised tensor, and mixup of a batch.
+"""timm's augmentations, of PIL images; then batches: normalised, erased, mixed.
 
-Every transform draws from the global random states (Python, NumPy, PyTorch) alone: who seeds them decides the result.
+All draw from the global random states (Python, NumPy, PyTorch) alone: who seeds them decides the result.
 """
 
 from __future__ import annotations
@@ -23,16 +23,14 @@ from torchvision.transforms import (
     CenterCrop,
     Compose,
     InterpolationMode,
-    Normalize,
     RandomCrop,
     RandomHorizontalFlip,
     Resize,
 )
-from torchvision.transforms.functional import pil_to_tensor
 
 from lte_scale.config.schema import AugmentConfig
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[Image.Image], Image.Image]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GREY_MEAN, GREY_STD = (0.5,), (0.5,)
@@ -42,15 +40,12 @@ SMALLEST_CENTRE_CROP = 128
 
 
 def train_transform(config: AugmentConfig, image_size: int, channels: int) -> Transform:
-    """PIL image (mode L or RGB by `channels`) to float32 [channels, image_size, image_size].
-
-    Crop or resize, pad-and-crop, flip, RandAugment, normalise, erase: timm's order.
+    """To a square of `image_size`, in the same mode: crop or resize, pad-and-crop, flip, RandAugment.
 
     Raises:
         ValueError: if a policy, `mean` or `std` makes no sense.
     """
-    mean, std = statistics(config, channels)
-    steps: list[Callable[..., object]] = []
+    steps: list[Transform] = []
     if config.crop_scale < 1:
         scale = (config.crop_scale, 1.0)
         steps.append(RandomResizedCropAndInterpolation(image_size, scale=scale, interpolation="bicubic"))
@@ -61,27 +56,44 @@ def train_transform(config: AugmentConfig, image_size: int, channels: int) -> Tr
     if config.hflip:
         steps.append(RandomHorizontalFlip(config.hflip))
     if config.rand_augment:
+        mean, _ = statistics(config, channels)
         steps.append(_RandAugment(config.rand_augment, image_size, mean))
-    steps += [_to_float, Normalize(mean, std)]
-    if config.random_erasing:
-        steps.append(RandomErasing(config.random_erasing, mode="pixel", device="cpu"))
     return Compose(steps)
 
 
-def eval_transform(config: AugmentConfig, image_size: int, channels: int) -> Transform:
-    """PIL image to float32 [channels, image_size, image_size]: timm's resize and centre crop, or a plain resize
-    below 128 pixels.
+def eval_transform(image_size: int) -> Transform:
+    """To a square of `image_size`, in the same mode: timm's resize and centre crop, or a plain resize below 128."""
+    if image_size < SMALLEST_CENTRE_CROP:
+        return _PlainResize(image_size)
+    shorter = math.floor(image_size / CROP_RATIO)
+    return Compose([Resize(shorter, interpolation=InterpolationMode.BICUBIC), CenterCrop(image_size)])
+
+
+class ToBatch:
+    """Images of one size and mode (L or RGB by `channels`) to a batch [B, channels, S, S], float32, normalised.
+
+    All at once: the calls, not the arithmetic, are what small images cost.
 
     Raises:
-        ValueError: if `mean` or `std` makes no sense.
+        ValueError: if `mean` or `std` of the configuration makes no sense.
     """
-    mean, std = statistics(config, channels)
-    if image_size < SMALLEST_CENTRE_CROP:
-        steps: list[Callable[..., object]] = [_PlainResize(image_size)]
-    else:
-        shorter = math.floor(image_size / CROP_RATIO)
-        steps = [Resize(shorter, interpolation=InterpolationMode.BICUBIC), CenterCrop(image_size)]
-    return Compose([*steps, _to_float, Normalize(mean, std)])
+
+    def __init__(self, config: AugmentConfig, channels: int) -> None:
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in statistics(config, channels))
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+        pixels = pixels.movedim(-1, 1) if pixels.ndim == 4 else pixels.unsqueeze(1)
+        batch = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return batch.div_(255).sub_(self.mean).div_(self.std)
+
+
+def erasing(config: AugmentConfig) -> Callable[[Tensor], Tensor] | None:
+    """timm's random erasing of a normalised image, or of each of a batch, in place; None where it is off."""
+    if not config.random_erasing:
+        return None
+    erase: Callable[[Tensor], Tensor] = RandomErasing(config.random_erasing, mode="pixel", device="cpu")
+    return erase
 
 
 def mixup(config: AugmentConfig, num_classes: int) -> Mixup | None:
@@ -133,10 +145,6 @@ def preserved_randomness() -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.default_generator.set_state(states[2])
-
-
-def _to_float(image: Image.Image) -> Tensor:
-    return pil_to_tensor(image).to(torch.float32).div_(255)
 
 
 def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:

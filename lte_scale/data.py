@@ -1,4 +1,4 @@
-"""The stream of training batches of a rank, and evaluation's.
+"""The stream of training batches of a rank.
 
     order       which sample when, as a function of (seed, epoch, head)         lte_scale.order
     reading     samples in that order, from shards read front to back           lte_scale.reading
@@ -12,79 +12,32 @@ and they are handed over in turn, so the batches depend neither on the number of
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Generic, TypeVar
+from typing import NamedTuple, cast
 
-import numpy as np
 import torch
-from torch import Tensor
+from PIL.Image import Image
 
 from lte_scale.archive import check_cache
-from lte_scale.augment import Transform, eval_transform, mixup, preserved_randomness, seed_all, train_transform
+from lte_scale.augment import ToBatch, erasing, mixup, preserved_randomness, seed_all, train_transform
+from lte_scale.batches import Batch, Made
 from lte_scale.config.schema import AugmentConfig, DataConfig
 from lte_scale.damage import Damage, DamagedSample, DataError, Tally
 from lte_scale.index import Shard, ShardIndex, open_index
 from lte_scale.loader import in_workers
-from lte_scale.order import part, segments
-from lte_scale.reading import Sample, decode, head_batches, in_order
+from lte_scale.reading import Sample, decode, head_batches
 
-__all__ = ["Batch", "DataError", "EvalBatch", "Shard", "ShardIndex", "TrainStream", "evaluation_batches", "open_index"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-step of a rank; H heads with b images each, head-major.
-
-    images: [H * b, C, S, S] float32, normalised. labels: [H * b] int64.
-    targets: [H * b, classes] float32 with mixup or CutMix (label smoothing included), otherwise the labels, and
-        smoothing them is the loss's task.
-    position: from where a later run continues after this batch.
-    bad: names of damaged samples and shards met since the batch before. damaged: how many samples that cost; shards:
-        how many shards are damaged as a whole.
-    """
-
-    images: Tensor
-    targets: Tensor
-    labels: Tensor
-    position: int
-    bad: tuple[str, ...] = ()
-    damaged: int = 0
-    shards: int = 0
-
-    def pin_memory(self) -> Batch:
-        images, targets, labels = (t.pin_memory() for t in (self.images, self.targets, self.labels))
-        return replace(self, images=images, targets=targets, labels=labels)
+__all__ = ["Batch", "DataError", "Shard", "ShardIndex", "TrainStream", "open_index"]
 
 
-@dataclass(frozen=True)
-class EvalBatch:
-    """images [B, C, S, S] float32, labels [B] int64, valid [B]: False for padding and damaged samples."""
+class _Good(NamedTuple):
+    """A sample that could be decoded, its image augmented."""
 
-    images: Tensor
-    labels: Tensor
-    valid: Tensor
-    bad: tuple[str, ...] = ()
-
-    def pin_memory(self) -> EvalBatch:
-        images, labels, valid = (t.pin_memory() for t in (self.images, self.labels, self.valid))
-        return replace(self, images=images, labels=labels, valid=valid)
-
-
-B = TypeVar("B", "Batch", "EvalBatch")
-
-
-@dataclass(frozen=True)
-class _Made(Generic[B]):
-    """A batch as it leaves a worker; None in place of a training batch in which a head has no good sample."""
-
-    batch: B | None
-    damage: tuple[tuple[int, Damage], ...]
-
-    def pin_memory(self) -> _Made[B]:
-        return replace(self, batch=self.batch and self.batch.pin_memory())
+    image: Image
+    label: int
+    sample: Sample
 
 
 class TrainStream:
@@ -132,7 +85,7 @@ class TrainStream:
                 f"use a multiple of {members}"
             )
         self.slice = range(batch_size // members * member, batch_size // members * (member + 1))
-        self.mixup = mixup(augment, num_classes)
+        self.erase, self.mixup = erasing(augment), mixup(augment, num_classes)
         if self.mixup and len(self.slice) % 2:
             raise ValueError(
                 f"train.batch_size: mixup and cutmix need an even number of images per head and rank, not "
@@ -145,7 +98,7 @@ class TrainStream:
                 f"model.num_classes: {num_classes} is fewer than the {index.num_classes} classes of {index.location}; "
                 "set it to 0 to take their number"
             )
-        self.transform = train_transform(augment, image_size, channels)
+        self.transform, self.to_batch = train_transform(augment, image_size, channels), ToBatch(augment, channels)
         check_cache(data.cache_dir)
 
     @property
@@ -181,7 +134,7 @@ class TrainStream:
             if without > self.batches_per_epoch + 1:
                 raise tally.error(f"no whole batch in {without} batches")
 
-    def _make(self, start: int, worker: int, workers: int) -> Iterator[_Made[Batch]]:
+    def _make(self, start: int, worker: int, workers: int) -> Iterator[Made[Batch]]:
         first = start + worker
         streams = [
             head_batches(
@@ -203,7 +156,7 @@ class TrainStream:
                 made = self._batch(number, by_head)
             yield made
 
-    def _batch(self, number: int, by_head: Sequence[Sequence[Sample]]) -> _Made[Batch]:
+    def _batch(self, number: int, by_head: Sequence[Sequence[Sample]]) -> Made[Batch]:
         """Batch `number` of every head, decoded, augmented and mixed."""
         images, targets, labels = [], [], []
         damage: list[tuple[int, Damage]] = []
@@ -213,111 +166,49 @@ class TrainStream:
             if good is None:
                 whole = False
                 continue
-            pixels, classes = torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good])
+            pixels, classes = self.to_batch([each.image for each in good]), torch.tensor([each.label for each in good])
             labels.append(classes)
+            if self.erase:
+                for image, each in zip(pixels, good, strict=True):
+                    seed_all("erase", self.seed, each.sample.epoch, each.sample.id)
+                    self.erase(image)
             if self.mixup:
                 seed_all("mixup", self.seed, head, number, self.member)
                 pixels, classes = self.mixup(pixels, classes)
             images.append(pixels)
             targets.append(classes)
         if not whole:
-            return _Made(None, tuple(damage))
-        return _Made(Batch(torch.cat(images), torch.cat(targets), torch.cat(labels), number + 1), tuple(damage))
+            return Made(None, tuple(damage))
+        return Made(Batch(torch.cat(images), torch.cat(targets), torch.cat(labels), number + 1), tuple(damage))
 
-    def _good_samples(
-        self, samples: Sequence[Sample], damage: list[tuple[int, Damage]]
-    ) -> list[tuple[Tensor, int]] | None:
+    def _good_samples(self, samples: Sequence[Sample], damage: list[tuple[int, Damage]]) -> list[_Good] | None:
         """This member's slice of a head's batch, damaged ones replaced; None if the whole batch is damaged.
 
-        The damage within the slice is added to `damage`.
+        The damage within the slice is added to `damage`. Decodes all, then augments all: of small images, going to
+        and fro between the two costs a quarter more.
         """
-        made: dict[int, tuple[Tensor, int] | Damage] = {}
+        decoded: dict[int, tuple[Image, int] | Damage] = {}
 
-        def at(place: int) -> tuple[Tensor, int] | Damage:
-            if place not in made:
-                sample = samples[place]
+        def at(place: int) -> tuple[Image, int] | Damage:
+            if place not in decoded:
                 try:
-                    image, label = decode(sample, self.channels, self.num_classes)
+                    decoded[place] = decode(samples[place], self.channels, self.num_classes)
                 except DamagedSample as error:
-                    made[place] = error.damage
-                else:
-                    seed_all("augment", self.seed, sample.epoch, sample.id)
-                    made[place] = self.transform(image), label
-            return made[place]
+                    decoded[place] = error.damage
+            return decoded[place]
 
-        good = []
+        chosen = []
         for place in self.slice:
             found = at(place)
             if isinstance(found, Damage):
                 damage.append((samples[place].epoch, found))
-            cyclic = (at(other % len(samples)) for other in range(place, place + len(samples)))
-            replacement = next((result for result in cyclic if not isinstance(result, Damage)), None)
+            cyclic = (other % len(samples) for other in range(place, place + len(samples)))
+            replacement = next((other for other in cyclic if not isinstance(at(other), Damage)), None)
             if replacement is not None:
-                good.append(replacement)
-        return good or None
-
-
-def evaluation_batches(
-    index: ShardIndex,
-    *,
-    rank: int,
-    world: int,
-    batch_size: int,
-    image_size: int,
-    channels: int,
-    augment: AugmentConfig,
-    data: DataConfig,
-    num_classes: int = 0,
-) -> Iterator[EvalBatch]:
-    """This rank's contiguous part of all samples, once, in as many batches as every other rank yields.
-
-    Every batch has `batch_size` places; padding and damaged samples are not valid.
-
-    Args:
-        num_classes: labels must be below it; 0 takes it from the index, where known.
-    """
-    check_cache(data.cache_dir)
-    batches = math.ceil(math.ceil(index.samples / world) / batch_size)
-    make = partial(
-        _make_evaluation,
-        index,
-        data.cache_dir,
-        part(index.samples, rank, world),
-        batches,
-        (batch_size, channels, image_size, image_size),
-        num_classes or index.num_classes,
-        eval_transform(augment, image_size, channels),
-    )
-    tally = Tally(index, max_bad_ratio=1.0)
-    for made in in_workers(make, min(data.workers, batches), data.prefetch):
-        assert made.batch is not None
-        yield replace(made.batch, bad=tuple(tally.add(batch_size, made.damage)))
-
-
-def _make_evaluation(
-    index: ShardIndex,
-    cache_dir: str,
-    positions: range,
-    batches: int,
-    shape: tuple[int, int, int, int],
-    num_classes: int,
-    transform: Transform,
-    worker: int,
-    workers: int,
-) -> Iterator[_Made[EvalBatch]]:
-    """Batches worker, worker + workers, ... of `batches`, each of `shape`."""
-    size, channels = shape[:2]
-    numbers = np.arange(len(positions)) // size
-    parts = segments(index.lengths, range(len(index.shards)), positions)
-    samples = in_order(index, cache_dir, parts, np.flatnonzero(numbers % workers == worker), epoch=0)
-    for number in range(worker, batches, workers):
-        images, labels = torch.zeros(shape), torch.zeros(size, dtype=torch.int64)
-        valid, damage = torch.zeros(size, dtype=torch.bool), []
-        for place, sample in enumerate(itertools.islice(samples, int(np.count_nonzero(numbers == number)))):
-            try:
-                image, label = decode(sample, channels, num_classes)
-            except DamagedSample as error:
-                damage.append((0, error.damage))
-            else:
-                images[place], labels[place], valid[place] = transform(image), label, True
-        yield _Made(EvalBatch(images, labels, valid), tuple(damage))
+                chosen.append(replacement)
+        made = {}
+        for place in dict.fromkeys(chosen):
+            image, label = cast("tuple[Image, int]", decoded[place])
+            seed_all("augment", self.seed, samples[place].epoch, samples[place].id)
+            made[place] = _Good(self.transform(image), label, samples[place])
+        return [made[place] for place in chosen] or None

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lte_scale.collectives import Collectives
 from lte_scale.config.schema import Config
-from lte_scale.data import ShardIndex, evaluation_batches, open_index
+from lte_scale.evaluation_data import evaluation_batches
+from lte_scale.index import ShardIndex, open_index
 from lte_scale.log import log
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -98,6 +99,7 @@ def train(config: Config, topology: Topology, device: torch.device) -> int:
                     if config.engine.name == "deepspeed":
                         (run_dir / "deepspeed.json").write_text(json.dumps(settings(config, topology), indent=2) + "\n")
                     _announce(config, topology, device)
+                gc.freeze()  # what a run consists of stays: garbage collection need not look through it, rank by rank
                 return trainer.run()
             except ValueError as error:
                 if topology.rank == 0:

@@ -9,10 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS, _RAND_TRANSFORMS, AugmentOp
+from torchvision.transforms import Compose, ConvertImageDtype, Normalize
+from torchvision.transforms.functional import pil_to_tensor
 
 from lte_scale.augment import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    ToBatch,
+    erasing,
     eval_transform,
     mixup,
     preserved_randomness,
@@ -39,12 +43,15 @@ def test_shapes_and_types(size: int, channels: int) -> None:
         for transform in (
             train_transform(EVERYTHING, size, channels),
             train_transform(AugmentConfig(), size, channels),
-            eval_transform(AugmentConfig(), size, channels),
+            eval_transform(size),
         ):
             result = transform(source)
-            assert result.shape == (channels, size, size)
-            assert result.dtype == torch.float32
-            assert result.isfinite().all()
+            assert (result.mode, result.size) == (source.mode, (size, size))
+            batch = ToBatch(EVERYTHING, channels)([result] * 3)
+            assert batch.shape == (3, channels, size, size)
+            assert batch.dtype == torch.float32
+            assert batch.is_contiguous()
+            assert batch.isfinite().all()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -53,9 +60,9 @@ def test_same_seed_same_result_and_other_seed_another(channels: int) -> None:
     results = []
     for seed in (1, 2, 1):
         seed_all("test", seed)
-        results.append(torch.stack([transform(source) for _ in range(8)]))
-    assert results[0].equal(results[2])
-    assert not results[0].equal(results[1])
+        results.append(np.stack([np.asarray(transform(source)) for _ in range(8)]))
+    assert np.array_equal(results[0], results[2])
+    assert not np.array_equal(results[0], results[1])
 
 
 @pytest.mark.parametrize("operation", sorted({*_RAND_TRANSFORMS, *_RAND_INCREASING_TRANSFORMS}))
@@ -82,15 +89,38 @@ def test_without_augmentation_an_image_of_the_right_size_is_only_normalised() ->
     source = image(16, 16, 3)
     pixels = torch.from_numpy(np.array(source)).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    for transform in (train_transform(AugmentConfig(), 16, 3), eval_transform(AugmentConfig(), 16, 3)):
-        torch.testing.assert_close(transform(source), (pixels - mean) / std)
+    for transform in (train_transform(AugmentConfig(), 16, 3), eval_transform(16)):
+        batch = ToBatch(AugmentConfig(), 3)([transform(source), source])
+        torch.testing.assert_close(batch, ((pixels - mean) / std).expand(2, -1, -1, -1))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_batch_is_bit_for_bit_what_torchvision_makes_of_each_image(channels: int) -> None:
+    sources = [image(20, 20, channels, seed) for seed in range(4)]
+    config = AugmentConfig(mean=[0.3, 0.4, 0.5][:channels], std=[0.2, 0.3, 0.7][:channels])
+    each = Compose([pil_to_tensor, ConvertImageDtype(torch.float32), Normalize(config.mean, config.std)])
+    assert ToBatch(config, channels)(sources).equal(torch.stack([each(source) for source in sources]))
+
+
+def test_erasing_follows_the_seed_and_differs_between_images() -> None:
+    erase = erasing(AugmentConfig(random_erasing=1.0))
+    assert erase is not None
+    results = []
+    for seed in (1, 2, 1):
+        seed_all("test", seed)
+        results.append(erase(torch.zeros(4, 1, 16, 16)))
+    assert results[0].equal(results[2])
+    assert not results[0].equal(results[1])
+    assert all(0 < int((one != 0).sum()) < 16 * 16 for one in results[0])
+    assert len({tuple(one.nonzero()[0].tolist()) for one in results[0]}) > 1
+    assert erasing(AugmentConfig()) is None
 
 
 def test_evaluation_at_224_crops_the_centre_of_256() -> None:
     source = Image.new("L", (512, 512), 0)
     source.paste(255, (32, 32, 480, 480))  # the central 7/8: all that a crop of 224 out of 256 leaves
-    result = eval_transform(AugmentConfig(mean=[0.0], std=[1.0]), 224, 1)(source)
-    assert result[0, 4:-4, 4:-4].min() == 1
+    result = np.asarray(eval_transform(224)(source)) / 255
+    assert result[4:-4, 4:-4].min() == 1
     assert result.mean() > 0.99
 
 
@@ -106,7 +136,7 @@ def test_evaluation_at_224_crops_the_centre_of_256() -> None:
 )
 def test_nonsense_is_refused(config: AugmentConfig, key: str) -> None:
     with pytest.raises(ValueError, match=f"^{key}") as error:
-        train_transform(config, 32, 3)
+        train_transform(config, 32, 3), ToBatch(config, 3)
     assert "\n" not in str(error.value)
 
 

@@ -13,8 +13,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from lte_scale.batches import EvalBatch
 from lte_scale.config.schema import AugmentConfig, DataConfig
-from lte_scale.data import EvalBatch, ShardIndex, evaluation_batches, open_index
+from lte_scale.data import ShardIndex, open_index
+from lte_scale.evaluation_data import evaluation_batches
 from lte_scale.order import epoch_order, epoch_plan
 from tests.shard_files import CLASSES, PLAIN, SIZE, png, write_lengths, write_tar
 from tests.streams import HEAVY, HERE, UNEVEN, assert_same, damaged_index, identities, stream, take

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lte_scale.augment import eval_transform
+from lte_scale.augment import ToBatch, eval_transform
 from lte_scale.cli import main
 from lte_scale.config import dump
 from lte_scale.config.schema import Config, DataConfig
@@ -214,9 +214,9 @@ def test_eval_is_the_accuracy_of_the_exported_model(
         caplog.clear()
         said.add(capsys.readouterr().out)
     assert main(["export", str(run_dir), str(tmp_path / "model.safetensors")]) == 0
-    transform = eval_transform(CONFIG.augment, 28, 1)
+    transform, to_batch = eval_transform(28), ToBatch(CONFIG.augment, 1)
     whole = [identity for identity in samples if identity != bad]
-    images = torch.stack([transform(Image.open(io.BytesIO(png(identity)))) for identity in whole])
+    images = to_batch([transform(Image.open(io.BytesIO(png(identity)))) for identity in whole])
     labels = torch.tensor([identity % SHARD_CLASSES for identity in whole])
     scores = in_timm(tmp_path / "model.safetensors", images)
     top1 = (scores.argmax(1) == labels).double().mean()
