@@ -118,6 +118,11 @@ class Arrangement:
         return (self.codec if self.resetless else Codec()), self.codec
 
     @property
+    def region_codec(self) -> Codec:
+        """What a merge inside a region makes of values that cross between its nodes."""
+        return Codec(self.config.merge.region_precision)
+
+    @property
     def followed(self) -> bool:
         """The nodes' copies are told changes of the master, in fewer bits, and lag behind it by what is missing."""
         return self.refined and not self.codec.exact
@@ -172,9 +177,11 @@ class Arrangement:
         own = parts[node] if self.spread else compute
         return Ownership(self.shapes.layers[name].shape, own, parts, compute)
 
-    def exchanged(self, own: Ownership) -> tuple[Slice, ...]:
+    def exchanged(self, own: Ownership, *, regional: bool = False) -> tuple[Slice, ...]:
         """The parts of a weight that peers reduce for one another, one each."""
-        return own.parts if self.spread else split_evenly(own.own, self.topology.nodes)
+        if self.spread and not regional:
+            return own.parts
+        return split_evenly(own.own, self.topology.nodes_per_region if regional else self.topology.nodes)
 
     def path_bytes(self, layer: Layer) -> dict[Path, int]:
         """Bytes that leave a node in a global merge for one weight, on either path (docs/plan.md), padding aside."""
@@ -239,9 +246,10 @@ class Arrangement:
         """Values of a bucket's products that `rank` forms for a dense exchange."""
         return sum(length(part) for name in bucket.names for part in self.ownership(name, rank).parts)
 
-    def padded_parts(self, bucket: Bucket, rank: int) -> int:
+    def padded_parts(self, bucket: Bucket, rank: int, *, regional: bool = False) -> int:
         """Values of a row of what the peers reduce for one another."""
-        return sum(max(map(length, self.exchanged(self.ownership(name, rank)))) for name in bucket.names)
+        parts = (self.exchanged(self.ownership(name, rank), regional=regional) for name in bucket.names)
+        return sum(max(map(length, each)) for each in parts)
 
     @property
     def replica_part(self) -> int:

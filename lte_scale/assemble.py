@@ -139,7 +139,7 @@ def _plain_attention(model: nn.Module) -> None:
 def adapt(config: Config, num_classes: int, device: str | torch.device = "cpu") -> LTE:
     """`assemble` for a loop of one's own, on the ranks that torchrun started or in one process."""
     device = torch.device(device)
-    topology = from_environment(config.topology.heads_per_node)
+    topology = from_environment(config.topology.heads_per_node, nodes_per_region=config.topology.nodes_per_region)
     return assemble(
         translated(with_precision(config, device)), num_classes, Collectives(topology, device=device), device
     )

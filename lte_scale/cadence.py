@@ -6,6 +6,9 @@ fragment 2                                          2      2
 fragment 0, with the replica parameters                        0     0
 fragment 1 again                                                           1
 
+every 12, regions every 6, local 3    step  3 6 9 12 15 18 21 24 ...
+inside the node, region, all                n r n a  n  r  n  a
+
 every 6, growth 0.5                   step  1 2 3 4 5 6 7 8 9 10 11 12 13 ... 19 ... 25 ...
 all fragments                               0 0 0 0   0     0          0      0      0
 """
@@ -33,11 +36,18 @@ class Cadence:
     fragments: int = 1
     delay: int = 0
     growth: float = 0.0
+    region_every: int = 0
 
     @property
     def two_level(self) -> bool:
         """Whether heads are merged inside the nodes more often than between them."""
         return self.local_every < self.every
+
+    @property
+    def levels(self) -> str:
+        """The periods of merges that are not of all nodes, in words; empty if there are none."""
+        region = f", in the region {self.region_every}" if self.region_every else ""
+        return f"in the node {self.local_every}{region}" if self.two_level else ""
 
     @property
     def longest_delay(self) -> int:
@@ -100,6 +110,11 @@ class Cadence:
         """Whether what does not depart after `step` is merged inside the nodes."""
         start = self._begun(step) if step <= self.grown else self.grown
         return self.two_level and (step - start) % self.local_every == 0
+
+    def is_regional(self, step: int) -> bool:
+        """Whether what does not depart after `step`, and is merged inside the nodes, is merged inside regions too."""
+        start = self._begun(step) if step <= self.grown else self.grown
+        return self.region_every > 0 and (step - start) % self.region_every == 0
 
     def due(self, step: int) -> bool:
         """Whether there is anything to merge after `step`."""

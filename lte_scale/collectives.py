@@ -42,6 +42,7 @@ PURPOSES = (
     "merge_factor",
     "merge_dense",
     "merge_replica",
+    "merge_region",  # weights and replica parameters among the nodes of a region
     "merge_refresh",  # masters to the node's compute copies
     "merge_check",  # whether the nodes hold the same masters
     "merge_wait",  # for an exchange that began earlier and has not arrived
@@ -99,6 +100,7 @@ class Collectives:
     Attributes:
         node: the ranks of this node.
         peers: the ranks with this local rank on every node.
+        region: those of them in this region; this rank alone where there are none.
         head: the ranks that share this rank's head.
         world: all ranks.
         bytes_sent: bytes this rank has sent, by (scope, purpose).
@@ -128,6 +130,8 @@ class Collectives:
         self.world = self._group([list(range(t.world_size))], sharding=True)
         self.node = self._group([t.node_ranks(node) for node in range(t.nodes)], sharding=True)
         self.peers = self._group_of_peers()
+        firsts, locals_ = range(0, t.nodes, t.nodes_per_region or 1), range(t.ranks_per_node)
+        self.region = self._group([t.region_peers(node, local) for node in firsts for local in locals_])
         groups = t.ranks_per_node // t.ranks_per_head
         self.head = self._group([t.head_ranks(n, g) for n in range(t.nodes) for g in range(groups)])
 

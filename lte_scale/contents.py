@@ -64,6 +64,8 @@ def tensors_of(pieces: Pieces, shards: Mapping[str, Tensor], *, loading: bool = 
         if merger.arrangement.followed:
             found[f"copy/{name}"] = FlatPart(shards[name], own.compute[0], total)
     found |= {f"unsent/{rank}/{name}": value for name, value in merger.dense.unsent().items()}
+    if merger.region is not None:
+        found |= {f"unsent/{rank}/region/{name}": value for name, value in merger.region.unsent().items()}
     if (feedback := merger.replicas.feedback) is not None:
         found |= {f"unsent/{rank}/sent": feedback.unsent, f"unsent/{rank}/shared": feedback.unshared}
     replicas = merger.replicas.outer

@@ -1,4 +1,7 @@
-"""The dense path: the mean over nodes of the change of every weight, each rank reducing the rows it forms."""
+"""The dense path: the mean over nodes of the change of every weight, each rank reducing the rows it forms.
+
+Over all nodes it is one of two paths; over those of a region it is the way of every weight, whatever its path.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from lte_scale.feedback import MeanWithFeedback
 
 
 class DenseExchange:
-    """Reduces the changes of a bucket over the peers.
+    """Reduces the changes of a bucket over the peers, or (`regional`) over those of this region.
 
     Attributes:
         feedback: what the messages of a bucket have missed so far; empty in fp32.
@@ -25,16 +28,20 @@ class DenseExchange:
         collectives: Collectives,
         ownership: Mapping[str, Ownership],
         device: torch.device,
+        *,
+        regional: bool = False,
     ) -> None:
-        self.arrangement, self.collectives = arrangement, collectives
-        self.parts = {name: arrangement.exchanged(own) for name, own in ownership.items()}
+        self.collectives, self.spread = collectives, arrangement.spread
+        self.peers = collectives.region if regional else collectives.peers
+        self.codec = arrangement.region_codec if regional else arrangement.codec
+        self.purpose = "merge_region" if regional else "merge_dense"
+        self.parts = {name: arrangement.exchanged(own, regional=regional) for name, own in ownership.items()}
         self.feedback: dict[Bucket, MeanWithFeedback] = {}
-        codec, shared = arrangement.codec, not arrangement.spread
-        for bucket in arrangement.buckets if not codec.exact else ():
-            if bucket.path == "dense":
+        for bucket in arrangement.buckets if not self.codec.exact else ():
+            if regional or bucket.path == "dense":
                 size = sum(map(self._width, bucket.names))
                 self.feedback[bucket] = MeanWithFeedback(
-                    codec, collectives, "merge_dense", size, shared=shared, device=device
+                    self.codec, collectives, self.peers, self.purpose, size, shared=not self.spread, device=device
                 )
 
     def mean(self, bucket: Bucket, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -43,21 +50,21 @@ class DenseExchange:
 
     def reduce(self, bucket: Bucket, changes: Mapping[str, Tensor]) -> Tensor:
         """The same as it arrives: what crosses the link, and nothing else."""
-        nodes, peers = self.collectives.topology.nodes, self.collectives.peers
-        if self.arrangement.codec.exact and not self.arrangement.spread:
-            return self.collectives.all_reduce(joined(list(changes.values())), peers, "merge_dense") / nodes
+        nodes = self.peers.size
+        if self.codec.exact and not self.spread:
+            return self.collectives.all_reduce(joined(list(changes.values())), self.peers, self.purpose) / nodes
         rows = torch.cat([self._rows(name, change) for name, change in changes.items()], 1)
-        if self.arrangement.codec.exact:
-            return self.collectives.reduce_scatter(rows, peers, "merge_dense") / nodes
+        if self.codec.exact:
+            return self.collectives.reduce_scatter(rows, self.peers, self.purpose) / nodes
         return self.feedback[bucket].mean(rows)
 
     def own_parts(self, bucket: Bucket, mean: Tensor) -> dict[str, Tensor]:
         """What has arrived, by weight."""
-        if self.arrangement.codec.exact and not self.arrangement.spread:
+        if self.codec.exact and not self.spread:
             sizes = [sum(map(length, self.parts[name])) for name in bucket.names]
             return dict(zip(bucket.names, mean.split(sizes), strict=True))
         own = mean.split([self._width(name) for name in bucket.names], -1)
-        if not self.arrangement.spread:
+        if not self.spread:
             return {name: self._whole(name, part) for name, part in zip(bucket.names, own, strict=True)}
         node = self.collectives.topology.node
         return {name: part[: length(self.parts[name][node])] for name, part in zip(bucket.names, own, strict=True)}

@@ -29,6 +29,7 @@ from lte_scale.traffic import (
     gather_traffic,
     merge_traffic,
     of_node,
+    region_traffic,
     run_traffic,
     step_traffic,
 )
@@ -53,6 +54,7 @@ class Plan:
     step: Traffic
     gather: Traffic
     local_merge: Traffic
+    region_merge: Traffic
     global_merge: Traffic
     window: Traffic
     methods: list[Method]
@@ -97,7 +99,12 @@ class Traces:
             ValueError: if the model cannot be built or adapted.
         """
         heads_per_node = config.topology.heads_per_node or ranks_per_node
-        topology = Topology(nodes=nodes, ranks_per_node=ranks_per_node, heads_per_node=heads_per_node)
+        topology = Topology(
+            nodes=nodes,
+            ranks_per_node=ranks_per_node,
+            heads_per_node=heads_per_node,
+            nodes_per_region=config.topology.nodes_per_region,
+        )
         topology = topology.among(config.fault_tolerance)
         # Shapes are those of one head: any number of them will do.
         adapted = next(iter(self._adapted.values()), None) or self._with_heads(topology.heads_per_rank, "")
@@ -168,11 +175,17 @@ def make_plan(config: Config, *, nodes: int, ranks_per_node: int, traces: Traces
         step=of_node(a, step_traffic),
         gather=of_node(a, gather_traffic),
         local_merge=of_node(a, lambda a, rank: merge_traffic(a, rank, everywhere=False)) if a.two_level else Traffic(),
+        region_merge=of_node(a, _region_merge) if a.cadence.region_every else Traffic(),
         global_merge=of_node(a, lambda a, rank: merge_traffic(a, rank, everywhere=True)),
         window=window,
         methods=[Method("LTE", asdict(spent), average), *baselines(full_rank, topology.whole)],
         full_rank=full_rank,
     )
+
+
+def _region_merge(a: Arrangement, rank: int) -> Traffic:
+    inside = merge_traffic(a, rank, everywhere=False)
+    return inside + region_traffic(a, rank, range(a.cadence.fragments), replicas=True)
 
 
 def _classes(config: Config) -> int:

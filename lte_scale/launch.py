@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(dump(config), end="")
             return 0
         _end_with_agent()
-        topology = from_environment(config.topology.heads_per_node)
+        topology = from_environment(config.topology.heads_per_node, nodes_per_region=config.topology.nodes_per_region)
         check_training(config)
         check_topology(config, topology.nodes, topology.ranks_per_node)
         if config.engine.name == "deepspeed":

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from lte_scale.arrangement import Arrangement
 from lte_scale.baselines import FullRank, baselines
 from lte_scale.cost import Layer
-from lte_scale.traffic import by_scope, fragment_traffic, of_node, step_traffic
+from lte_scale.traffic import Traffic, by_scope, fragment_traffic, of_node, region_traffic, step_traffic, times
 
 PAYLOAD_SHARE = 0.95
 """Of what a link carries, the rest being headers: TCP over IPv4 in Ethernet frames of 1514 bytes has 1448 of data."""
@@ -50,6 +50,7 @@ class Demand:
 
     Attributes:
         parts: those of each exchange, where there are several and their sizes are known.
+        waited_bytes: of a window's merges that no step runs beside: those inside regions.
     """
 
     name: str
@@ -57,10 +58,11 @@ class Demand:
     exchange_bytes: float
     every: int
     parts: tuple[float, ...] = ()
+    waited_bytes: float = 0.0
 
     @property
     def window_bytes(self) -> float:
-        return self.step_bytes * self.every + self.exchange_bytes
+        return self.step_bytes * self.every + self.exchange_bytes + self.waited_bytes
 
     def exchanges(self, fragments: int) -> tuple[float, ...]:
         """The bytes of each exchange of a window: `parts` where they are known, else so many of equal size."""
@@ -71,7 +73,14 @@ def lte_demand(a: Arrangement) -> Demand:
     """What LTE sends: its merges between nodes, and in every step what `base.scope: global` gathers from all nodes."""
     step = by_scope(of_node(a, step_traffic))["inter_node"]
     parts = tuple(_fragment_bytes(a, fragment) for fragment in range(a.cadence.fragments))
-    return Demand("LTE", step, sum(parts), a.cadence.every, parts if len(parts) > 1 else ())
+    in_regions = by_scope(of_node(a, _region_bytes))["inter_node"] if a.cadence.region_every else 0
+    return Demand("LTE", step, sum(parts), a.cadence.every, parts if len(parts) > 1 else (), in_regions)
+
+
+def _region_bytes(a: Arrangement, rank: int) -> Traffic:
+    """Of a window, in which the last merge of every fragment is one of all nodes."""
+    once = region_traffic(a, rank, range(a.cadence.fragments), replicas=True)
+    return times(once, a.cadence.every // a.cadence.region_every - 1)
 
 
 def _fragment_bytes(a: Arrangement, fragment: int) -> int:
@@ -141,7 +150,8 @@ def predict(
 
 def exchange_stall(demand: Demand, link: Link, *, step_seconds: float, delay: int = 0, fragments: int = 1) -> float:
     """Seconds that the steps of a window wait for its exchanges: for each what `delay` steps do not hide."""
-    return sum(max(0.0, link.seconds(part) - delay * step_seconds) for part in demand.exchanges(fragments))
+    exposed = sum(max(0.0, link.seconds(part) - delay * step_seconds) for part in demand.exchanges(fragments))
+    return exposed + link.seconds(demand.waited_bytes)
 
 
 def _peak(demand: Demand, step_seconds: float, delay: int, fragments: int) -> float | None:
@@ -170,7 +180,7 @@ def dense_from(a: Arrangement, layer: Layer) -> int:
 
     def dense_is_cheaper(nodes: int) -> bool:
         # In one node nothing is sent, so the codec is known from two on.
-        sent = replace(a, topology=replace(a.topology, nodes=nodes, rank=0)).path_bytes(layer)
+        sent = replace(a, topology=replace(a.topology, nodes=nodes, rank=0, nodes_per_region=0)).path_bytes(layer)
         return sent["dense"] <= sent["factor"]
 
     return 2 + bisect_left(range(2, _MOST_NODES), True, key=dense_is_cheaper)

@@ -113,11 +113,13 @@ def _history_values(a: Arrangement) -> int:
 
 def unsent_values(a: Arrangement, rank: int) -> int:
     """What messages in less than fp32 have missed: a row for each peer, and the mean of the own part."""
-    if a.codec.exact:
-        return 0
-    nodes = a.topology.nodes
-    dense = sum(a.padded_parts(bucket, rank) for bucket in a.buckets if bucket.path == "dense")
-    return dense * (nodes + (not a.spread)) + -(-a.replica_part // nodes) * (nodes + 1)
+    total, nodes, region = 0, a.topology.nodes, a.topology.nodes_per_region
+    if not a.codec.exact:
+        dense = sum(a.padded_parts(bucket, rank) for bucket in a.buckets if bucket.path == "dense")
+        total += dense * (nodes + (not a.spread)) + -(-a.replica_part // nodes) * (nodes + 1)
+    if not a.region_codec.exact:
+        total += (region + 1) * sum(a.padded_parts(bucket, rank, regional=True) for bucket in a.buckets)
+    return total
 
 
 def _values_under_way(a: Arrangement) -> int:

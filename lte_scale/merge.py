@@ -1,4 +1,4 @@
-"""The merge: heads into the base, inside a node every `local_every` steps, between nodes every `every` steps.
+"""The merge: heads into the base, inside a node every `local_every` steps, between all nodes every `every` steps.
 
     W <- W + (s / N) sum_n B_n A_n                        reset      (arXiv 2402.16828, equation of section 3)
     W <- W + (s / N) sum_n (B_n A_n - B'_n A'_n)          resetless
@@ -15,6 +15,9 @@ With `merge.delay` a global merge begins as a local one: the node goes on from i
 changed since the last one crosses to the others in the background. When that lands, `delay` steps later, the master
 takes the mean change and the node's weights become the master: what heads have learned meanwhile is in their factors,
 and stays there. With `merge.fragments` parts of the model do so at different steps of the window (`cadence`).
+
+Nodes of a region merge among themselves every `region_every` steps, on the dense path: what each has changed since the
+last global merge becomes their mean. The mean over all nodes stays what it is, so a global merge need not know.
 
 In `merge.precision` other than fp32 a message holds less than it should. What it misses is not lost:
 
@@ -98,6 +101,9 @@ class Merger:
         }
         self.paths, self.buckets = arrangement.paths, arrangement.buckets
         self.dense = DenseExchange(arrangement, self.link, self.ownership, self.exchange.device)
+        self.region: DenseExchange | None = None
+        if self.cadence.region_every:
+            self.region = DenseExchange(arrangement, collectives, self.ownership, self.exchange.device, regional=True)
         self.copies = Copies(arrangement, collectives, self.ownership, self.exchange.device)
         self.history: dict[Bucket, list[Tensor]] = {bucket: [] for bucket in self.buckets}
         self.outer = Outer(self.config, ema_decay)
@@ -151,6 +157,8 @@ class Merger:
                     if bucket.fragment not in departing:
                         if self.cadence.is_local(step):
                             self._merge_locally(bucket, shards)
+                        if self.region and self.cadence.is_regional(step):
+                            self._merge_in_region(self.region, bucket, shards)
                     elif delayed:
                         jobs[bucket] = self._depart(bucket, shards)
                     else:
@@ -159,8 +167,10 @@ class Merger:
             if 0 in departing and delayed:
                 jobs["replicas"] = partial(self.replicas.over_link, self.replicas.depart())
                 jobs |= {"masters": verified} if verified else {}
-            elif 0 in departing or self.cadence.is_local(step):
-                self.replicas.merge(everywhere=0 in departing)
+            elif 0 in departing:
+                self.replicas.merge()
+            elif self.cadence.is_local(step):
+                self.replicas.merge_locally(regional=self.cadence.is_regional(step))
         if departing and self.arrangement.config.adapters.redraw:  # every B is zero
             self.heads.initialise(seed_of(self.arrangement.config.seed, step))
         if jobs:
@@ -188,6 +198,21 @@ class Merger:
         self._leave_to_base(bucket, factors)
         return packed
 
+    def _merge_in_region(self, region: DenseExchange, bucket: Bucket, shards: Shards) -> None:
+        """After a merge inside the node: it goes on from the mean of the region's nodes."""
+        for name, mean in region.mean(bucket, self._moved(bucket, shards)).items():
+            shards[name].copy_(self.outer.masters[name] + mean.to(shards[name].device))
+            if self.arrangement.folded:
+                shards[name].sub_(self.products.node[name])
+
+    def _moved(self, bucket: Bucket, shards: Shards) -> dict[str, Tensor]:
+        """What this node has changed of each weight since the last global merge."""
+        changes = {}
+        for name in bucket.names:
+            folded = self.products.node[name] if self.arrangement.folded else 0.0
+            changes[name] = (shards[name] + folded - self.outer.masters[name]).to(self.exchange.device)
+        return changes
+
     def _merge_globally(self, bucket: Bucket, shards: Shards, decay: float) -> None:
         packed = self.exchange.pack(bucket.names)
         if bucket.path == "factor":
@@ -205,11 +230,7 @@ class Merger:
             stack = torch.stack(self.history[bucket] or [packed])
             self.history[bucket].clear()
             return partial(self.exchange.over_link, stack, bucket.names)
-        changes = {}
-        for name in bucket.names:
-            folded = self.products.node[name] if self.arrangement.folded else 0.0
-            changes[name] = (shards[name] + folded - self.outer.masters[name]).to(self.exchange.device)
-        return partial(self.dense.reduce, bucket, changes)
+        return partial(self.dense.reduce, bucket, self._moved(bucket, shards))
 
     def _land(self, flight: Flight[Bucket | str], decay: float) -> None:
         """Apply what has been under way, when all of it has arrived."""
@@ -250,6 +271,8 @@ class Merger:
         """The masters take the mean changes, and the forward pass sees it."""
         for name, change in changes.items():
             self.outer.update(name, change, decay)
+        if self.region and bucket.path == "factor" and bucket in self.region.feedback:
+            self.region.feedback[bucket].forget()  # the factors have told all of it
         if self.arrangement.followed:
             self.copies.follow(bucket, self.outer.masters, shards)
         else:

@@ -110,6 +110,7 @@ def as_object(plan: Plan) -> dict[str, Any]:
         "step": plan.step,
         "gather": plan.gather,
         "local_merge": plan.local_merge,
+        "region_merge": plan.region_merge,
         "global_merge": plan.global_merge,
         "window": plan.window,
     }
@@ -168,7 +169,7 @@ def _heading(plan: Plan) -> Iterator[str]:
         f"{t.nodes} nodes x {t.ranks_per_node} ranks, {t.heads_per_node} heads per node; {images * t.nodes:,} images "
         f"per step, {images:,} per node"
     )
-    local = f" (in the node {a.local_every})" if a.two_level else ""
+    local = f" ({a.cadence.levels})" if a.two_level else ""
     local += f", growing up to step {a.cadence.grown}" if a.cadence.growth else ""
     local += f" in {a.cadence.fragments} fragments" if a.cadence.fragments > 1 else ""
     local += f", {a.cadence.delay} steps under way" if a.cadence.delay else ""
@@ -201,6 +202,8 @@ def _traffic_lines(plan: Plan) -> Iterator[str]:
         rows.append(("first step after a merge, besides", plan.gather))
     if a.two_level:
         rows.append(("local merge", plan.local_merge))
+    if a.cadence.region_every:
+        rows.append(("region merge", plan.region_merge))
     rows += [("global merge", plan.global_merge), (f"window of {a.config.merge.every} steps", plan.window)]
     for title, traffic in rows:
         sent = by_scope(traffic)

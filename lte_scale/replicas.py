@@ -44,17 +44,21 @@ class ReplicaMerger:
             part = -(-sum(master.numel() for master in masters) // topology.ranks_per_node)
             device = next(iter(masters)).device
             self.feedback = MeanWithFeedback(
-                codec, link, "merge_replica", -(-part // topology.nodes), shared=True, device=device
+                codec, link, link.peers, "merge_replica", -(-part // topology.nodes), shared=True, device=device
             )
 
     @torch.no_grad()
-    def merge(self, everywhere: bool) -> None:
-        """Every head continues from the mean of the node's heads, or from the outer step on the mean of all heads."""
-        part = self.part_of_node()
-        if not everywhere:
-            self.write(self._named(self._gathered(part)))
-            return
-        self.take(self.over_link(part))
+    def merge(self) -> None:
+        """Every head continues from the outer step on the mean of all heads."""
+        self.take(self.over_link(self.part_of_node()))
+
+    @torch.no_grad()
+    def merge_locally(self, *, regional: bool) -> None:
+        """Every head continues from the mean of the heads of the node, or of the region."""
+        part, region = self.part_of_node(), self.collectives.region
+        if regional:
+            part = self.collectives.all_reduce(part, region, "merge_region") / region.size
+        self.write(self._named(self._gathered(part)))
 
     @torch.no_grad()
     def take(self, mean: Tensor) -> None:

@@ -24,9 +24,11 @@ class Topology:
     Attributes:
         first_node: the number of this job's first node among all.
         of_nodes: how many nodes the run has in all jobs; 0 means those of this job.
+        nodes_per_region: neighbouring nodes that merge among themselves between the merges of all; 0 means none do.
 
     Raises:
-        ValueError: if the heads of a node neither divide its ranks nor are a multiple of them.
+        ValueError: if the heads of a node neither divide its ranks nor are a multiple of them, or regions do not divide
+            the nodes.
     """
 
     nodes: int = 1
@@ -35,6 +37,7 @@ class Topology:
     rank: int = 0
     first_node: int = 0
     of_nodes: int = 0
+    nodes_per_region: int = 0
 
     def __post_init__(self) -> None:
         heads, ranks = self.heads_per_node, self.ranks_per_node
@@ -45,6 +48,12 @@ class Topology:
             raise ValueError(
                 f"topology.heads_per_node: {heads} heads cannot be placed on {ranks} ranks per node; "
                 f"use one of {', '.join(map(str, valid))} or a multiple of {ranks}"
+            )
+
+        if self.nodes_per_region and self.nodes % self.nodes_per_region:
+            raise ValueError(
+                f"topology.nodes_per_region: {self.nodes_per_region} does not divide {self.nodes} nodes; use a divisor "
+                "of them, or 0"
             )
 
     @property
@@ -118,17 +127,25 @@ class Topology:
         """The ranks with the same local rank on every node: the links a global merge uses."""
         return [node * self.ranks_per_node + local_rank for node in range(self.nodes)]
 
+    def region_peers(self, node: int, local_rank: int) -> list[int]:
+        """The ranks with this local rank in the region of `node`; a node without a region has one of its own."""
+        first = node - node % (self.nodes_per_region or 1)
+        return self.peer_ranks(local_rank)[first : first + (self.nodes_per_region or 1)]
+
     def head_ranks(self, node: int, group: int) -> list[int]:
         """The ranks of the `group`-th set of ranks of a node that share a head."""
         first = node * self.ranks_per_node + group * self.ranks_per_head
         return list(range(first, first + self.ranks_per_head))
 
 
-def from_environment(heads_per_node: int = 0, environ: Mapping[str, str] = os.environ) -> Topology:
+def from_environment(
+    heads_per_node: int = 0, environ: Mapping[str, str] = os.environ, *, nodes_per_region: int = 0
+) -> Topology:
     """The topology of this process from the variables of torchrun or DeepSpeed's launcher; without them a world of one.
 
     Args:
         heads_per_node: heads in a node; 0 means one per rank.
+        nodes_per_region: as `Topology` has it.
 
     Raises:
         ValueError: if the variables contradict one another, or as `Topology`.
@@ -148,4 +165,5 @@ def from_environment(heads_per_node: int = 0, environ: Mapping[str, str] = os.en
         ranks_per_node=ranks_per_node,
         heads_per_node=heads_per_node or ranks_per_node,
         rank=rank,
+        nodes_per_region=nodes_per_region,
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 
 from lte_scale.arrangement import FP32, Arrangement, Bucket
+from lte_scale.codec import Codec
 from lte_scale.collectives import (
     SCOPES,
     Scope,
@@ -41,7 +42,7 @@ class Links:
         self.topology = replace(topology, rank=rank)
         t, self.sent = self.topology, Traffic()
         self.world, self.node = list(range(t.world_size)), t.node_ranks(t.node)
-        self.peers = t.peer_ranks(t.local_rank)
+        self.peers, self.region = t.peer_ranks(t.local_rank), t.region_peers(t.node, t.local_rank)
         self.head = t.head_ranks(t.node, t.local_rank // t.ranks_per_head)
 
     def _send(self, group: Sequence[int], purpose: str, sent: int) -> None:
@@ -121,6 +122,22 @@ def _in_node(a: Arrangement, rank: int, fragments: Container[int], *, replicas: 
     return links.sent
 
 
+def region_traffic(a: Arrangement, rank: int, fragments: Container[int], *, replicas: bool) -> Traffic:
+    """What a merge inside the regions sends besides that inside the nodes."""
+    links = Links(a.topology, rank)
+    for bucket in a.buckets:
+        if bucket.fragment not in fragments:
+            continue
+        if a.region_codec.exact:
+            links.all_reduce(links.region, "merge_region", FP32 * a.formed(bucket, rank))
+        else:
+            values = a.padded_parts(bucket, rank, regional=True)
+            _mean_traffic(links, links.region, a.region_codec, "merge_region", values, shared=True)
+    if replicas:
+        links.all_reduce(links.region, "merge_region", FP32 * a.replica_part)
+    return links.sent
+
+
 def _at_once(a: Arrangement, rank: int, sets: Mapping[int, int]) -> Traffic:
     """A merge of all nodes without delay, of fragments with so many sets of factors."""
     links = Links(a.topology, rank)
@@ -154,7 +171,7 @@ def _landing(a: Arrangement, rank: int, sets: Mapping[int, int]) -> Traffic:
         if a.codec.exact:
             links.all_reduce(links.peers, "merge_replica", FP32 * values)
         else:
-            _mean_traffic(a, links, "merge_replica", -(-values // t.nodes), shared=True)
+            _mean_traffic(links, links.peers, a.codec, "merge_replica", -(-values // t.nodes), shared=True)
         _gather_replicas(a, links)
         if t.nodes > 1:
             links.all_gather(links.peers, "merge_check", FINGERPRINT)
@@ -185,19 +202,20 @@ def _gather_replicas(a: Arrangement, links: Links) -> None:
 def _dense_traffic(a: Arrangement, links: Links, bucket: Bucket) -> None:
     rank = links.topology.rank
     if not a.codec.exact:
-        _mean_traffic(a, links, "merge_dense", a.padded_parts(bucket, rank), shared=not a.spread)
+        values = a.padded_parts(bucket, rank)
+        _mean_traffic(links, links.peers, a.codec, "merge_dense", values, shared=not a.spread)
     elif a.spread:
         links.reduce_scatter(links.peers, "merge_dense", FP32 * a.topology.nodes * a.padded_parts(bucket, rank))
     else:
         links.all_reduce(links.peers, "merge_dense", FP32 * a.formed(bucket, rank))
 
 
-def _mean_traffic(a: Arrangement, links: Links, purpose: str, values: int, *, shared: bool) -> None:
+def _mean_traffic(links: Links, group: Sequence[int], codec: Codec, purpose: str, values: int, *, shared: bool) -> None:
     """`feedback.MeanWithFeedback` of rows of so many values."""
-    part = a.codec.size(values)
-    links.all_to_all(links.peers, purpose, part * a.topology.nodes)
+    part = codec.size(values)
+    links.all_to_all(group, purpose, part * len(group))
     if shared:
-        links.all_gather(links.peers, purpose, part)
+        links.all_gather(group, purpose, part)
 
 
 def run_traffic(a: Arrangement, rank: int, steps: int, *, last: bool = False) -> Traffic:
@@ -221,6 +239,8 @@ def _traffic_after(a: Arrangement, rank: int, step: int, *, last: bool) -> Traff
     if cadence.takes_time(step) and cadence.lands(step) is not None:
         sent += _landing(a, rank, cadence.sets_sent(step - cadence.delay))
     elsewhere = [f for f in range(cadence.fragments) if f not in departing] if cadence.is_local(step) else []
+    if cadence.is_regional(step):
+        sent += region_traffic(a, rank, elsewhere, replicas=0 in elsewhere)
     if last or not cadence.takes_time(step):
         sent += _at_once(a, rank, departing)
         departing = {}

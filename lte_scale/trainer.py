@@ -268,7 +268,7 @@ class Trainer:
         step, cadence = self.state.step, self.merger.cadence
         last = step == self.schedule.total
         began = time.perf_counter()
-        if last or cadence.lands(step) is not None:
+        if last or cadence.lands(step) is not None or cadence.is_regional(step):
             self.preemption.meeting(step)
         if cadence.departs(step) == 0 and passed(step, self.config.metrics.heads_every, self.state.measured_step):
             self.state.measured_step = step

@@ -128,6 +128,10 @@ class Reference:
                     layer.B_prev.copy_(layer.B)
         if local or 0 in departing:
             self._mean_of_replicas()
+        if self.cadence.is_regional(step):
+            self._merge_in_regions({name for name in names if self.fragment_of[name] not in departing})
+            if 0 not in departing:
+                self._mean_of_replicas(nodes=self.config.topology.nodes_per_region)
         self.under_way = {n: torch.stack([w[n] for w in self.node_weights]).mean(0) for n in names}
         if last or not self.cadence.takes_time(step):
             for fragment in departing:
@@ -135,11 +139,21 @@ class Reference:
         self._write_weights()
         self._restart_optimizers()
 
-    def _mean_of_replicas(self) -> None:
-        """The heads of a node continue from their mean, which may depart."""
+    def _merge_in_regions(self, names: set[str]) -> None:
+        size = self.config.topology.nodes_per_region
+        for first in range(0, self.nodes, size):
+            region = self.node_weights[first : first + size]
+            for name in names:
+                mean = torch.stack([weights[name] for weights in region]).mean(0)
+                for weights in region:
+                    weights[name].copy_(mean)
+
+    def _mean_of_replicas(self, nodes: int = 1) -> None:
+        """The heads of a node (or of so many neighbours) continue from their mean, which may depart."""
         self.left = []
         for node in range(self.nodes):
-            ids = self._of_node(node)
+            first = node - node % nodes
+            ids = range(self._of_node(first).start, self._of_node(first + nodes - 1).stop)
             means = {n: torch.stack([self.heads[h].replicas[n] for h in ids]).mean(0) for n in self.replica_masters}
             for head in ids:
                 for name, parameter in self.heads[head].replicas.items():

@@ -28,6 +28,15 @@ def test_local_merges_since_the_last_global_one() -> None:
     assert c.sets_sent(24, last=True) == {0: 6, 1: 4, 2: 2}
 
 
+def test_regions_merge_between_the_merges_of_all() -> None:
+    c = Cadence(every=12, local_every=2, fragments=2, region_every=6)
+    assert [s for s in range(1, 25) if c.is_regional(s)] == [6, 12, 18, 24]
+    assert [s for s in range(1, 25) if c.is_regional(s) and not c.is_local(s)] == []
+    assert {s: c.departs(s) for s in range(25) if c.departs(s) is not None} == {6: 1, 12: 0, 18: 1, 24: 0}
+    grown = Cadence(every=12, local_every=2, growth=0.5, region_every=4)
+    assert (grown.grown, [s for s in range(1, 39) if grown.is_regional(s)]) == (26, [12, 16, 22, 26, 30, 34, 38])
+
+
 @st.composite
 def cadences(draw: st.DrawFn) -> Cadence:
     local, between, fragments = (draw(st.integers(1, n)) for n in (6, 4, 4))
@@ -35,7 +44,8 @@ def cadences(draw: st.DrawFn) -> Cadence:
     every = apart * fragments
     local = draw(st.sampled_from([local, every]))
     growth = draw(st.sampled_from([0.0, 0.05, 0.3, 1.0]))
-    return Cadence(every, local, fragments, draw(st.integers(0, min(local, apart) - 1)), growth)
+    region = draw(st.sampled_from([0, apart])) if local < apart < every else 0
+    return Cadence(every, local, fragments, draw(st.integers(0, min(local, apart) - 1)), growth, region)
 
 
 @given(cadences(), st.integers(1, 5))
@@ -60,6 +70,7 @@ def test_every_fragment_once_a_window_and_no_two_at_a_time(c: Cadence, windows: 
             under_way = departed if c.takes_time(step) else None
         assert c.under_way(step) == (under_way is not None)
         assert not (under_way is not None and departed is None and c.is_local(step))
+        assert c.is_local(step) or not c.is_regional(step)
         assert c.due(step) == (departed is not None or landed is not None or c.is_local(step))
         assert not c.under_way(c.at_rest(step))
 
@@ -98,6 +109,34 @@ def test_windows_are_no_longer_than_their_share_of_what_is_behind_them(c: Cadenc
 def test_what_does_not_fit_is_refused(override: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None, [f"merge={override}"])
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["merge={every: 12, region_every: 6}"], ["merge.region_every", "topology.nodes_per_region", "6 and 0"]),
+        (["topology.nodes_per_region=2"], ["merge.region_every", "topology.nodes_per_region", "0 and 2"]),
+        (["merge.region_precision=int8"], ["merge.region_precision", "'int8'", "leave it out"]),
+        (["merge={every: 12, region_every: 12}", "topology.nodes_per_region=2"], ["merge.region_every: 12", "less"]),
+        (["merge={every: 12, region_every: 5}", "topology.nodes_per_region=2"], ["merge.region_every: 5", "12 steps"]),
+        (
+            ["merge={every: 12, region_every: 4, fragments: 2}", "topology.nodes_per_region=2"],
+            ["merge.region_every: 4", "6 steps"],
+        ),
+        (
+            ["merge={every: 12, region_every: 4, local_every: 3}", "topology.nodes_per_region=2"],
+            ["merge.local_every: 3", "merge.local_every=1"],
+        ),
+        (
+            ["merge={every: 12, region_every: 4}", "topology.nodes_per_region=2", "base.scope=global"],
+            ["base.scope 'global'"],
+        ),
+    ],
+)
+def test_regions_that_do_not_fit_are_refused(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
     assert [word for word in words if word not in str(caught.value)] == []
 
 

@@ -237,6 +237,7 @@ def test_a_missing_file_names_the_nearest() -> None:
     [
         (["topology.heads_per_node=3"], 2, 4, ["3 heads", "1, 2, 4 or a multiple of 4"]),
         (["engine=none"], 1, 2, ["engine.name", "1 x 2", "engine=fsdp"]),
+        (["topology.nodes_per_region=3", "merge.region_every=10"], 4, 2, ["topology.nodes_per_region", "3", "4 nodes"]),
         (["topology.heads_per_node=1", "train.batch_size=6"], 1, 4, ["6 images", "4 ranks", "use 8"]),
         (["topology.heads_per_node=1", "train.batch_size=4", "augment.cutmix=1"], 1, 4, ["mixup", "use 8"]),
     ],

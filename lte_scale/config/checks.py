@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from urllib.parse import urlsplit
 
 from lte_scale.config.deepspeed import settings
@@ -64,6 +65,7 @@ def _durations(config: Config) -> None:
 
 def _merge_and_base(config: Config) -> None:
     merge, base = config.merge, config.base
+    _regions(config)
     local = merge.cadence.local_every
     _divides_every(merge, "local_every", local)
     if base.scope == "global" and local != merge.every:
@@ -138,6 +140,32 @@ def _delay_and_fragments(config: Config) -> None:
         )
 
 
+def _regions(config: Config) -> None:
+    merge, cadence, nodes = config.merge, config.merge.cadence, config.topology.nodes_per_region
+    if not merge.region_every and not nodes:
+        if merge.region_precision != "fp32":
+            raise ConfigError(
+                f"merge.region_precision: {merge.region_precision!r} has no meaning without regions; set "
+                "merge.region_every and topology.nodes_per_region, or leave it out"
+            )
+        return
+    if not merge.region_every or nodes < 2:
+        raise ConfigError(
+            f"merge.region_every, topology.nodes_per_region: {merge.region_every} and {nodes}; regions need both, of "
+            "two nodes or more"
+        )
+    if merge.region_every >= merge.every or merge.every // merge.fragments % merge.region_every:
+        raise ConfigError(
+            f"merge.region_every: {merge.region_every} must divide the {cadence.apart} steps between global merges "
+            f"(merge.every {merge.every}, merge.fragments {merge.fragments}) and be less than merge.every"
+        )
+    if merge.region_every % cadence.local_every:
+        raise ConfigError(
+            f"merge.local_every: {cadence.local_every} must divide merge.region_every {merge.region_every}; use "
+            f"merge.local_every={math.gcd(cadence.local_every, merge.region_every)} or leave it out"
+        )
+
+
 def _fault_tolerance(config: Config) -> None:
     ft, merge = config.fault_tolerance, config.merge
     if not ft.enabled:
@@ -154,6 +182,7 @@ def _fault_tolerance(config: Config) -> None:
         ("merge.fragments", merge.fragments, (1,)),
         ("merge.path", merge.path, ("auto", "dense")),
         ("merge.precision", merge.precision, ("fp32",)),
+        ("merge.region_every", merge.region_every, (0,)),
     ]
     for key, value, allowed in only:
         if value not in allowed:
@@ -267,6 +296,7 @@ def check_topology(config: Config, nodes: int, ranks_per_node: int) -> None:
         nodes=nodes,
         ranks_per_node=ranks_per_node,
         heads_per_node=config.topology.heads_per_node or ranks_per_node,
+        nodes_per_region=config.topology.nodes_per_region,
     )
     if config.optimizer.average == "all" and topology.heads_per_rank > 1:
         raise ConfigError(

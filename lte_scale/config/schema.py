@@ -77,6 +77,12 @@ class TopologyConfig:
     heads_per_node: int = option(
         0, "Heads in a node; 0 means one per rank. Divides the ranks of a node, or is a multiple of them.", least=0
     )
+    nodes_per_region: int = option(
+        0,
+        "Neighbouring nodes that make a region (a rack, a data centre) and merge among themselves every "
+        "`merge.region_every` steps; divides the nodes. 0: no regions.",
+        least=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +142,20 @@ class MergeConfig:
     """When and how heads are merged into the base."""
 
     every: int = option(50, "Optimizer steps T between global merges.", least=1)
-    local_every: int = option(0, "Steps between merges inside a node; divides `every`; 0 means the same.", least=0)
+    local_every: int = option(
+        0, "Steps between merges inside a node; divides `every` and `region_every`; 0 means the same.", least=0
+    )
+    region_every: int = option(
+        0,
+        "Steps between merges inside a region (`topology.nodes_per_region`): its nodes go on from the mean of their "
+        "weights; divides `every` and the steps between two fragments. 0: no regions.",
+        least=0,
+    )
+    region_precision: str = option(
+        "fp32",
+        "What crosses between the nodes of a region at its merges, as `precision`.",
+        one_of=("fp32", "bf16", "int8", "int4"),
+    )
     growth: float = option(
         0.0,
         "How windows grow: none is longer than this share of the steps before it, until they have `every` steps. The "
@@ -185,7 +204,8 @@ class MergeConfig:
 
     @property
     def cadence(self) -> Cadence:
-        return Cadence(self.every, self.local_every or self.every, self.fragments, self.delay, self.growth)
+        local = self.local_every or self.region_every or self.every
+        return Cadence(self.every, local, self.fragments, self.delay, self.growth, self.region_every)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

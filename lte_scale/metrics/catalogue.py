@@ -115,10 +115,10 @@ LABELS: Mapping[str, str] = {
     "local_rank": "rank within the node",
     "head": "number of the head in the run",
     "phase": ", ".join(PHASES),
-    "scope": f"bytes and collectives: {_SCOPES}; merges: local (inside the node), global (over all nodes)",
+    "scope": f"bytes and collectives: {_SCOPES}; merges: local (inside the node or region), global (over all nodes)",
     "path": "factor, dense (as merge.path), replica (parameters without factors), wait (for a merge with merge.delay)",
     "purpose": "what a collective is for: base, head_gradient, merge_factor, merge_dense, merge_replica, "
-    "merge_refresh, merge_check, merge_wait, evaluate, metrics, control",
+    "merge_region, merge_refresh, merge_check, merge_wait, evaluate, metrics, control",
     "result": "written, failed",
     "kind": "allocated, reserved, peak (of allocated); on a CPU allocated and peak are the process's resident memory",
 }

@@ -99,6 +99,7 @@ def _request(arguments: argparse.Namespace, began: float) -> Request:
         ranks_per_node=place.ranks,
         heads_per_node=config.topology.heads_per_node or place.ranks,
         rank=place.node * place.ranks,
+        nodes_per_region=config.topology.nodes_per_region,
     )
     check_training(config)
     check_topology(config, topology.nodes, topology.ranks_per_node)

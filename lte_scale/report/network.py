@@ -19,6 +19,7 @@ PURPOSES = {
     "merge_factor": "merges: factors",
     "merge_dense": "merges: dense changes",
     "merge_replica": "merges: replica parameters",
+    "merge_region": "merges inside regions",
     "merge_refresh": "merges: refreshed weights",
 }
 SCOPES = {"inter_node": "Between nodes", "intra_node": "Inside a node"}

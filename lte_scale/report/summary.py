@@ -20,7 +20,7 @@ def period(run: Run) -> str:
     found = cadence(run)
     if found is None:
         return NONE
-    return f"{found.every} (in the node {found.local_every})" if found.two_level else str(found.every)
+    return f"{found.every} ({found.levels})" if found.two_level else str(found.every)
 
 
 def share(run: Run, key: str) -> float:

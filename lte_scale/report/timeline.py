@@ -43,11 +43,15 @@ def timelines(runs: Sequence[Run]) -> str:
 
 def cadence(run: Run) -> Cadence | None:
     """When the run merges, by its configuration; None where that does not tell."""
-    every, local, growth = (run.config.get(f"merge.{key}") for key in ("every", "local_every", "growth"))
+    every, local, region, growth = (
+        run.config.get(f"merge.{key}") for key in ("every", "local_every", "region_every", "growth")
+    )
     if not isinstance(every, int) or every < 1:
         return None
-    inside = local if isinstance(local, int) and 0 < local < every else every
-    return Cadence(every, inside, growth=growth if isinstance(growth, float) and 0.01 <= growth <= 1 else 0.0)
+    region = region if isinstance(region, int) and 0 < region < every else 0
+    inside = local if isinstance(local, int) and 0 < local < every else region or every
+    growth = growth if isinstance(growth, float) and 0.01 <= growth <= 1 else 0.0
+    return Cadence(every, inside, growth=growth, region_every=region)
 
 
 def _strip(run: Run) -> str:
@@ -104,12 +108,14 @@ def _merges(run: Run, last: int) -> str:
         return ""
     between = [step for step in range(1, last + 1) if found.departs(step) == 0]
     ticks = ""
-    for steps, height in ((filter(found.is_local, range(1, last + 1)), 4), (between, 9)):
+    ran = range(1, last + 1)
+    for steps, height in ((filter(found.is_local, ran), 4), (filter(found.is_regional, ran), 6), (between, 9)):
         placed = list(steps)
         for step in placed if len(placed) <= MOST_MERGES else ():
             ends = f'x1="{percent(step / last)}" x2="{percent(step / last)}" y1="{13 - height}" y2="{13 + height}"'
             ticks += f'<line {ends} stroke="{GREY}" opacity="0.7"/>'
     inside = f", inside the node every {found.local_every:,}" if found.two_level else ""
+    inside += f", inside the region every {found.region_every:,}" if found.region_every else ""
     grown = f" from step {found.grown:,} on" if found.growth else ""
     words = f'<span class="note">every {found.every:,} steps{inside}{grown}</span>'
     return _lane(f"Merges <b>{count(len(between))}</b>", f'<svg class="strip">{ticks}</svg>' if ticks else words)

@@ -33,7 +33,9 @@ class Run:
     """The pieces of a training run, put together by hand."""
 
     def __init__(self, config: Config, timeout_seconds: float = 60) -> None:
-        self.topology = from_environment(config.topology.heads_per_node)
+        self.topology = from_environment(
+            config.topology.heads_per_node, nodes_per_region=config.topology.nodes_per_region
+        )
         self.collectives = Collectives(self.topology, timeout_seconds=timeout_seconds)
         lte = assemble(config, CLASSES, self.collectives, torch.device("cpu"))
         self.engine, self.heads, self.merger, self.optimizer = lte.engine, lte.heads, lte.merger, lte.optimizer

@@ -36,6 +36,8 @@ def everything(run: Run) -> dict[str, Tensor]:
     found |= {f"average/{name}": value.clone() for name, value in run.merger.outer.averages.items()}
     found |= {f"replica/{name}": value.clone() for name, value in run.merger.replicas.outer.masters.items()}
     found |= {f"unsent/{name}": value.clone() for name, value in run.merger.dense.unsent().items()}
+    if run.merger.region is not None:
+        found |= {f"unsent/region/{name}": value.clone() for name, value in run.merger.region.unsent().items()}
     if (feedback := run.merger.replicas.feedback) is not None:
         found |= {"unsent": feedback.unsent.clone(), "unshared": feedback.unshared.clone()}
     for name, parameter in run.heads.parameters().items():
@@ -113,9 +115,11 @@ def test_resumed_in_few_bits_is_uninterrupted_bit_for_bit(
     assert_resumed_is_uninterrupted(pool4, tmp_path, with_average(config))
 
 
-def assert_resumed_is_uninterrupted(pool4: DistributedPool, tmp_path: Path, config: Config) -> None:
-    ended = pool4.run(save, config, str(tmp_path), True)
-    resumed = pool4.run(load, config, str(tmp_path))
+def assert_resumed_is_uninterrupted(
+    pool4: DistributedPool, tmp_path: Path, config: Config, ranks_per_node: int = 2
+) -> None:
+    ended = pool4.run(save, config, str(tmp_path), True, ranks_per_node=ranks_per_node)
+    resumed = pool4.run(load, config, str(tmp_path), ranks_per_node=ranks_per_node)
     for rank, (whole, (tensors, state, positions)) in enumerate(zip(ended, resumed, strict=True)):
         assert state == {"step": SAVED}
         assert positions == {head: 10 * head for head in positions}
