@@ -42,6 +42,7 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-
 PHOTO_SIZE = (500, 375)
 PHOTOS = 600
 CLASSES = 10
+BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,11 @@ class Case:
 
     name: str
     config: str
-    batch_size: int
-    write: Callable[[Path], list[str]]
+    source: Callable[[Path], Path]
 
 
-def fashion(folder: Path) -> list[str]:
-    """The source of Fashion-MNIST's shards."""
-    return [str(FASHION), str(folder / "shards")]
-
-
-def photographs(folder: Path) -> list[str]:
-    """The source of shards of photographs as large as ImageNet's: parts of the two that scikit-learn has."""
+def photographs(folder: Path) -> Path:
+    """An image folder of photographs as large as ImageNet's: parts of the two that scikit-learn has."""
     from sklearn.datasets import load_sample_images
 
     draw = random.Random(0)
@@ -68,15 +63,15 @@ def photographs(folder: Path) -> list[str]:
     for number in range(PHOTOS):
         image = draw.choice(whole)
         left, top = (draw.randrange(have - want + 1) for have, want in zip(image.size, PHOTO_SIZE, strict=True))
-        path = folder / "images" / str(number % CLASSES) / f"{number}.jpg"
+        path = folder / str(number % CLASSES) / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.crop((left, top, left + PHOTO_SIZE[0], top + PHOTO_SIZE[1])).save(path, quality=90)
-    return [str(folder / "images"), str(folder / "shards")]
+    return folder
 
 
 CASES = (
-    Case("28 x 28 PNG, flip and shift (vit_fashion)", "vit_fashion", 32, fashion),
-    Case("500 x 375 JPEG, RandAugment, mixup (vit_l_64gpu)", "vit_l_64gpu", 32, photographs),
+    Case("28 x 28 PNG, flip and shift (vit_fashion)", "vit_fashion", lambda _: FASHION),
+    Case("500 x 375 JPEG, RandAugment, mixup (vit_l_64gpu)", "vit_l_64gpu", photographs),
 )
 
 
@@ -105,10 +100,11 @@ def rate(batches: Iterator[int], count: int) -> float:
 
 def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
-        source = case.write(Path(name))
-        subprocess.run([sys.executable, "-m", "lte_scale", "shards", *source], check=True, stdout=subprocess.DEVNULL)
-        data = Path(source[1]) / "train"
-        overrides = [f"data.train={data}", "data.workers=0", f"train.batch_size={case.batch_size}"]
+        source, shards = case.source(Path(name) / "images"), Path(name) / "shards"
+        command = [sys.executable, "-m", "lte_scale", "shards", str(source), str(shards)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        data = shards / "train"
+        overrides = [f"data.train={data}", "data.workers=0", f"train.batch_size={BATCH_SIZE}"]
         config = load_config(str(ROOT / "configs" / f"{case.config}.yaml"), overrides)
         index = open_index(str(data))
         stream = train_stream(config, index, index.num_classes, Topology())
@@ -118,7 +114,7 @@ def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
         loader = (len(batch.labels) for batch in stream.iterate())
         bare = alone(stream, next(chosen))
         rate(loader, 2)
-        count = max(1, round(seconds * rate(bare, 2) / case.batch_size))
+        count = max(1, round(seconds * rate(bare, 2) / BATCH_SIZE))
         pairs = [(rate(loader, count), rate(bare, count)) for _ in range(rounds)]
     ratios = [ours / floor for ours, floor in pairs]
     return {

@@ -181,7 +181,7 @@ class Arrangement:
         """The parts of a weight that peers reduce for one another, one each."""
         if self.spread and not regional:
             return own.parts
-        return split_evenly(own.own, self.topology.nodes_per_region if regional else self.topology.nodes)
+        return split_evenly(own.own, self.topology.region_size if regional else self.topology.nodes)
 
     def path_bytes(self, layer: Layer) -> dict[Path, int]:
         """Bytes that leave a node in a global merge for one weight, on either path (docs/plan.md), padding aside."""

@@ -108,13 +108,15 @@ class Cadence:
 
     def is_local(self, step: int) -> bool:
         """Whether what does not depart after `step` is merged inside the nodes."""
-        start = self._begun(step) if step <= self.grown else self.grown
-        return self.two_level and (step - start) % self.local_every == 0
+        return self.two_level and self._behind(step) % self.local_every == 0
 
     def is_regional(self, step: int) -> bool:
         """Whether what does not depart after `step`, and is merged inside the nodes, is merged inside regions too."""
-        start = self._begun(step) if step <= self.grown else self.grown
-        return self.region_every > 0 and (step - start) % self.region_every == 0
+        return self.region_every > 0 and self._behind(step) % self.region_every == 0
+
+    def _behind(self, step: int) -> int:
+        """Steps up to `step` since its early window began; after the early ones, since the last of them."""
+        return step - (self._begun(step) if step <= self.grown else self.grown)
 
     def due(self, step: int) -> bool:
         """Whether there is anything to merge after `step`."""

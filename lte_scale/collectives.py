@@ -130,8 +130,8 @@ class Collectives:
         self.world = self._group([list(range(t.world_size))], sharding=True)
         self.node = self._group([t.node_ranks(node) for node in range(t.nodes)], sharding=True)
         self.peers = self._group_of_peers()
-        firsts, locals_ = range(0, t.nodes, t.nodes_per_region or 1), range(t.ranks_per_node)
-        self.region = self._group([t.region_peers(node, local) for node in firsts for local in locals_])
+        first_nodes = range(0, t.nodes, t.region_size)
+        self.region = self._group([t.region_peers(n, local) for n in first_nodes for local in range(t.ranks_per_node)])
         groups = t.ranks_per_node // t.ranks_per_head
         self.head = self._group([t.head_ranks(n, g) for n in range(t.nodes) for g in range(groups)])
 

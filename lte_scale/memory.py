@@ -113,7 +113,7 @@ def _history_values(a: Arrangement) -> int:
 
 def unsent_values(a: Arrangement, rank: int) -> int:
     """What messages in less than fp32 have missed: a row for each peer, and the mean of the own part."""
-    total, nodes, region = 0, a.topology.nodes, a.topology.nodes_per_region
+    total, nodes, region = 0, a.topology.nodes, a.topology.region_size
     if not a.codec.exact:
         dense = sum(a.padded_parts(bucket, rank) for bucket in a.buckets if bucket.path == "dense")
         total += dense * (nodes + (not a.spread)) + -(-a.replica_part // nodes) * (nodes + 1)

@@ -200,10 +200,9 @@ class Merger:
 
     def _merge_in_region(self, region: DenseExchange, bucket: Bucket, shards: Shards) -> None:
         """After a merge inside the node: it goes on from the mean of the region's nodes."""
-        for name, mean in region.mean(bucket, self._moved(bucket, shards)).items():
-            shards[name].copy_(self.outer.masters[name] + mean.to(shards[name].device))
-            if self.arrangement.folded:
-                shards[name].sub_(self.products.node[name])
+        masters, means = self.outer.masters, region.mean(bucket, self._moved(bucket, shards))
+        weights = {name: masters[name] + mean.to(masters[name].device) for name, mean in means.items()}
+        self._publish(bucket, weights, shards)
 
     def _moved(self, bucket: Bucket, shards: Shards) -> dict[str, Tensor]:
         """What this node has changed of each weight since the last global merge."""

@@ -127,10 +127,15 @@ class Topology:
         """The ranks with the same local rank on every node: the links a global merge uses."""
         return [node * self.ranks_per_node + local_rank for node in range(self.nodes)]
 
+    @property
+    def region_size(self) -> int:
+        """Nodes of a region; without regions every node is one of its own."""
+        return self.nodes_per_region or 1
+
     def region_peers(self, node: int, local_rank: int) -> list[int]:
-        """The ranks with this local rank in the region of `node`; a node without a region has one of its own."""
-        first = node - node % (self.nodes_per_region or 1)
-        return self.peer_ranks(local_rank)[first : first + (self.nodes_per_region or 1)]
+        """The ranks with this local rank in the region of `node`."""
+        first = node - node % self.region_size
+        return self.peer_ranks(local_rank)[first : first + self.region_size]
 
     def head_ranks(self, node: int, group: int) -> list[int]:
         """The ranks of the `group`-th set of ranks of a node that share a head."""

@@ -126,13 +126,8 @@ def region_traffic(a: Arrangement, rank: int, fragments: Container[int], *, repl
     """What a merge inside the regions sends besides that inside the nodes."""
     links = Links(a.topology, rank)
     for bucket in a.buckets:
-        if bucket.fragment not in fragments:
-            continue
-        if a.region_codec.exact:
-            links.all_reduce(links.region, "merge_region", FP32 * a.formed(bucket, rank))
-        else:
-            values = a.padded_parts(bucket, rank, regional=True)
-            _mean_traffic(links, links.region, a.region_codec, "merge_region", values, shared=True)
+        if bucket.fragment in fragments:
+            _dense_traffic(a, links, bucket, regional=True)
     if replicas:
         links.all_reduce(links.region, "merge_region", FP32 * a.replica_part)
     return links.sent
@@ -199,15 +194,19 @@ def _gather_replicas(a: Arrangement, links: Links) -> None:
     links.all_gather(links.node, "merge_replica", FP32 * a.replica_part)
 
 
-def _dense_traffic(a: Arrangement, links: Links, bucket: Bucket) -> None:
+def _dense_traffic(a: Arrangement, links: Links, bucket: Bucket, *, regional: bool = False) -> None:
+    """`dense.DenseExchange`."""
+    group, codec, purpose = links.peers, a.codec, "merge_dense"
+    if regional:
+        group, codec, purpose = links.region, a.region_codec, "merge_region"
     rank = links.topology.rank
-    if not a.codec.exact:
-        values = a.padded_parts(bucket, rank)
-        _mean_traffic(links, links.peers, a.codec, "merge_dense", values, shared=not a.spread)
+    padded = a.padded_parts(bucket, rank, regional=regional)
+    if not codec.exact:
+        _mean_traffic(links, group, codec, purpose, padded, shared=not a.spread)
     elif a.spread:
-        links.reduce_scatter(links.peers, "merge_dense", FP32 * a.topology.nodes * a.padded_parts(bucket, rank))
+        links.reduce_scatter(group, purpose, FP32 * len(group) * padded)
     else:
-        links.all_reduce(links.peers, "merge_dense", FP32 * a.formed(bucket, rank))
+        links.all_reduce(group, purpose, FP32 * a.formed(bucket, rank))
 
 
 def _mean_traffic(links: Links, group: Sequence[int], codec: Codec, purpose: str, values: int, *, shared: bool) -> None:

@@ -268,22 +268,26 @@ def test_the_example_loop_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["checkpoint.asynchronous=true"],
-        ["checkpoint.asynchronous=false"],
-        ["train.duration=16", "merge={every: 8, region_every: 2, local_every: 1}", "topology.nodes_per_region=2"],
-    ],
-    ids=["asynchronous", "at once", "region"],
-)
-def test_stopped_at_any_moment(digits: Path, uninterrupted: Path, tmp_path: Path, overrides: list[str]) -> None:
-    """SIGTERM at moments of no choosing, nodes some ms apart, where nearly every step meets the other node."""
-    run_dir = tmp_path / "stopped"
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_stopped_at_any_moment(digits: Path, uninterrupted: Path, tmp_path: Path, asynchronous: str) -> None:
+    """Where nearly every step meets the other node, for a save."""
+    stop_at_any_moment(digits, tmp_path / "stopped", uninterrupted, f"checkpoint.asynchronous={asynchronous}")
+
+
+@pytest.mark.slow
+def test_stopped_at_any_moment_where_regions_merge(digits: Path, tmp_path: Path) -> None:
+    overrides = [
+        "train.duration=16",
+        "merge={every: 8, region_every: 2, local_every: 1}",
+        "topology.nodes_per_region=2",
+    ]
+    finish(start(command(digits, tmp_path / "whole", *INTERRUPTED, *overrides)))
+    stop_at_any_moment(digits, tmp_path / "stopped", tmp_path / "whole", *overrides)
+
+
+def stop_at_any_moment(digits: Path, run_dir: Path, uninterrupted: Path, *overrides: str) -> None:
+    """SIGTERM at moments of no choosing, nodes some ms apart; in the end the weights of the uninterrupted run."""
     often = [*INTERRUPTED, "metrics.every=1", "checkpoint.every=1", *overrides]
-    if "topology" in overrides[-1]:
-        uninterrupted = tmp_path / "whole"
-        finish(start(command(digits, uninterrupted, *INTERRUPTED, *overrides)))
     delays = random.Random(0)
     for _ in range(4):
         job = start(command(digits, run_dir, *often))

@@ -154,7 +154,7 @@ def _regions(config: Config) -> None:
             f"merge.region_every, topology.nodes_per_region: {merge.region_every} and {nodes}; regions need both, of "
             "two nodes or more"
         )
-    if merge.region_every >= merge.every or merge.every // merge.fragments % merge.region_every:
+    if merge.region_every >= merge.every or cadence.apart % merge.region_every:
         raise ConfigError(
             f"merge.region_every: {merge.region_every} must divide the {cadence.apart} steps between global merges "
             f"(merge.every {merge.every}, merge.fragments {merge.fragments}) and be less than merge.every"

@@ -12,6 +12,9 @@ from typing import Any
 
 from lte_scale.cadence import Cadence
 
+SENT = ("fp32", "bf16", "int8", "int4")
+"""What values between nodes can be sent in."""
+
 
 class ConfigError(ValueError):
     """One line that names the key, its value, what is allowed and what to do."""
@@ -154,7 +157,7 @@ class MergeConfig:
     region_precision: str = option(
         "fp32",
         "What crosses between the nodes of a region at its merges, as `precision`.",
-        one_of=("fp32", "bf16", "int8", "int4"),
+        one_of=SENT,
     )
     growth: float = option(
         0.0,
@@ -185,7 +188,7 @@ class MergeConfig:
         "fp32",
         "What crosses between nodes at a global merge: fp32, bf16, or int8 or int4 with a scale for 64 values. What a "
         "message misses goes with a later one. On the factor path under `reset` A stays fp32.",
-        one_of=("fp32", "bf16", "int8", "int4"),
+        one_of=SENT,
     )
     outer: str = option("average", "Outer optimizer over a window's change.", one_of=("average", "nesterov"))
     outer_lr: float = option(1.0, "Learning rate of the Nesterov outer optimizer.", above=0)

@@ -51,8 +51,13 @@ def configuration(
     )
 
 
-def arrangement(config: Config) -> Arrangement:
-    topology = Topology(nodes=NODES, ranks_per_node=RANKS, heads_per_node=config.topology.heads_per_node)
+def arrangement(config: Config, nodes: int = NODES, ranks_per_node: int = RANKS) -> Arrangement:
+    topology = Topology(
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        heads_per_node=config.topology.heads_per_node,
+        nodes_per_region=config.topology.nodes_per_region,
+    )
     model = build(config.model, CLASSES, seed=0)
     heads = attach(model, config.adapters, topology.my_heads, seed=0)
     return Arrangement(shapes_of(heads, BLOCKS), topology, config)

@@ -11,19 +11,17 @@ from typing import NamedTuple
 import pytest
 from torch import Tensor
 
-from lte_scale.arrangement import Arrangement
 from lte_scale.config.schema import Config
-from lte_scale.cost import shapes_of
 from lte_scale.memory import unsent_values
-from lte_scale.model import attach, build
 from lte_scale.topology import Topology
 from lte_scale.traffic import run_traffic
-from tests.dist.equality import BATCH, Run, train
+from tests.dist.equality import BATCH, Outcome, Run, train
+from tests.dist.test_bytes import arrangement
 from tests.dist.test_checkpoint import assert_resumed_is_uninterrupted
 from tests.dist.test_equality import assert_equal, configuration
 from tests.dist.test_precision import in_precision
 from tests.harness import DistributedPool
-from tests.reference import CLASSES, Reference, head_batch
+from tests.reference import Reference, head_batch
 
 NODES, REGION = 4, 2
 
@@ -69,19 +67,10 @@ def reference(mode: str, heads: int, timing: Timing, outer: str) -> Reference:
     return run
 
 
-def arrangement(config: Config) -> Arrangement:
-    heads = config.topology.heads_per_node
-    topology = Topology(nodes=NODES, ranks_per_node=1, heads_per_node=heads, nodes_per_region=REGION)
-    model = build(config.model, CLASSES, seed=0)
-    return Arrangement(shapes_of(attach(model, config.adapters, topology.my_heads, seed=0)), topology, config)
-
-
-def assert_bytes(config: Config, outcomes: list[dict[tuple[str, str], int]], steps: int) -> None:
-    """All but what gathers the base, which depends on its blocks and is tested elsewhere."""
-    for rank, sent in enumerate(outcomes):
-        planned = run_traffic(arrangement(config), rank, steps, last=True)
-        assert {k: v for k, v in sent.items() if k[1] != "base"} == {k: v for k, v in planned.items() if k[1] != "base"}
-        assert sent["inter_node", "merge_region"] > 0
+def assert_bytes(config: Config, outcomes: list[Outcome], steps: int) -> None:
+    for rank, outcome in enumerate(outcomes):
+        assert dict(outcome.bytes_sent) == dict(run_traffic(arrangement(config, NODES, 1), rank, steps, last=True))
+        assert outcome.bytes_sent["inter_node", "merge_region"] > 0
 
 
 def cases() -> list[tuple[str, int, str, Timing, str]]:
@@ -100,7 +89,7 @@ def test_four_nodes_in_two_regions(pool4: DistributedPool, case: tuple[str, int,
     for other in outcomes[1:]:
         assert all(values.equal(other.parts[name][2]) for name, (_, _, values) in outcomes[0].parts.items())
         assert all(value.equal(other.replicas[name]) for name, value in outcomes[0].replicas.items())
-    assert_bytes(config, [outcome.bytes_sent for outcome in outcomes], timing.steps)
+    assert_bytes(config, outcomes, timing.steps)
 
 
 def computed_with(rank: int, config: Config, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
@@ -128,7 +117,7 @@ def test_nodes_of_a_region_hold_the_same(pool4: DistributedPool, mode: str, prec
             assert value.equal(found[1][index][name])
             assert found[2][index][name].equal(found[3][index][name])
         assert any(not value.equal(found[2][index][name]) for name, value in found[0][index].items())
-    assert found[0][2] == unsent_values(arrangement(config), 0)
+    assert found[0][2] == unsent_values(arrangement(config, NODES, 1), 0)
 
 
 @pytest.mark.parametrize("path", ["factor", "dense"])
@@ -146,7 +135,7 @@ def test_few_bits_inside_a_region_stay_near(pool4: DistributedPool, path: str, p
         moved += (values - start[0].parts[name][2]).square().sum().item()
         assert all(values.equal(other.parts[name][2]) for other in rounded[1:])
     assert 0 < off**0.5 < 0.05 * moved**0.5
-    assert_bytes(config, [outcome.bytes_sent for outcome in rounded], timing.steps)
+    assert_bytes(config, rounded, timing.steps)
 
 
 @pytest.mark.parametrize("mode", ["reset", "resetless"])
