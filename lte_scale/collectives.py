@@ -30,7 +30,7 @@ from lte_scale.timing import Stopwatch
 from lte_scale.topology import Topology
 
 # By the names that 2.14 gave them; builds just before it, as NVIDIA's, have the old ones.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 T = TypeVar("T")
@@ -201,7 +201,7 @@ class Collectives:
             return tensor.unsqueeze(0)
         gathered = tensor.new_empty((group.size * tensor.numel(),))
         with self.call(group, purpose, all_gather_bytes(group.size, tensor.nbytes)):
-            _all_gather(gathered, tensor.contiguous().view(-1), group=group.process_group)
+            all_gather_single(gathered, tensor.contiguous().view(-1), group=group.process_group)
         return gathered.view(group.size, *tensor.shape)
 
     def reduce_scatter(self, tensor: Tensor, group: Group, purpose: str) -> Tensor:
@@ -254,6 +254,6 @@ class _CountedAllGather(AllGather):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         if self.group.size == 1:
-            return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+            return all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
         with self.collectives.call(self.group, self.purpose, all_gather_bytes(self.group.size, input_tensor.nbytes)):
-            return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+            return all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)

@@ -31,6 +31,7 @@ from lte_scale.metrics import writers
 from lte_scale.run_dir import check_writable
 from lte_scale.topology import Topology, from_environment
 from lte_scale.trainer import Trainer, TrainingError
+from lte_scale.tune import tuned
 
 REFUSED, FAILED = 2, 3
 _PR_SET_PDEATHSIG = 1
@@ -91,6 +92,7 @@ def train(config: Config, topology: Topology, device: torch.device) -> int:
         collectives = Collectives(topology, timeout_seconds=timeout.total_seconds(), device=device)
         with ExitStack() as stack:
             try:
+                config = tuned(config, collectives, device)
                 trainer = stack.enter_context(Trainer(config, collectives, device))
                 trainer.resume()
                 if topology.rank == 0:

@@ -35,14 +35,16 @@ class Suggestion:
     """Overrides that bring the waiting under `bound`, and what they change.
 
     Attributes:
-        overrides: none if the configuration needs none; None if no merge options are enough.
-        reasons: one for each override, or why there are none.
+        enough: whether there are any that do; else `overrides` are those with which it is least.
+        overrides: none if the configuration needs none.
+        reasons: one for each override, or why they are not enough.
         stall_share: waiting as a share of step time with them, `stall_share_now` without.
         memory: bytes of a rank with them, `memory_now` without.
     """
 
     bound: float
-    overrides: tuple[str, ...] | None
+    enough: bool
+    overrides: tuple[str, ...]
     reasons: tuple[str, ...]
     stall_share_now: float
     stall_share: float
@@ -72,24 +74,34 @@ class Option:
 
 
 def suggest(
-    config: Config, traces: Traces, *, nodes: int, ranks_per_node: int, gbit: float, step_seconds: float
+    config: Config,
+    traces: Traces,
+    *,
+    nodes: int,
+    ranks_per_node: int,
+    gbit: float,
+    step_seconds: float,
+    longest: int = LONGEST,
 ) -> Suggestion:
     """The least that brings the waiting of `config` under `BOUND`, on links of `gbit` Gbit/s and with such steps.
 
     Args:
         traces: of a variant of `config`.
+        longest: window, in configured ones.
     """
-    search = _Search(config, traces, nodes, ranks_per_node, Link(gbit), step_seconds)
+    search = _Search(config, traces, nodes, ranks_per_node, Link(gbit), step_seconds, longest)
     now = search.option(config)
     rejected: list[Option] = []
-    found = now if now.waits < BOUND else search.least(now, rejected)
-    overrides = found.overrides(config) if found else ()
+    enough = now if now.waits < BOUND else search.least(now, rejected)
+    found = enough or min([now, *rejected], key=lambda option: option.waits)
+    overrides = found.overrides(config)
     return Suggestion(
         bound=BOUND,
-        overrides=overrides if found else None,
-        reasons=tuple(search.reasons(found, rejected) if found else [search.why_none(now, rejected)]),
+        enough=enough is not None,
+        overrides=overrides,
+        reasons=tuple(search.reasons(enough, rejected) if enough else [search.why_none(now, rejected)]),
         stall_share_now=now.waits,
-        stall_share=found.waits if found else now.waits,
+        stall_share=found.waits,
         memory_now=search.memory(config),
         memory=search.memory(overridden(config, overrides)),
     )
@@ -105,6 +117,7 @@ class _Search:
     ranks_per_node: int
     link: Link
     step_seconds: float
+    longest: int
 
     def option(self, config: Config) -> Option:
         """How much steps wait as `config` says."""
@@ -118,7 +131,7 @@ class _Search:
         merge = self.config.merge
         if self._of_steps(now) - 1 >= BOUND:
             return None
-        for times in range(1, LONGEST + 1):
+        for times in range(1, self.longest + 1):
             for precision in PRECISIONS[PRECISIONS.index(merge.precision) :]:
                 tried = list(self._options(merge.every * times, precision))
                 enough = [option for option in tried if option.waits < BOUND]
@@ -217,13 +230,14 @@ def _staleness(option: Option) -> tuple[float, int, int]:
 def suggestion_lines(found: Suggestion) -> Iterator[str]:
     """As text; the overrides are a line of their own."""
     yield ""
-    if found.overrides is None:
-        yield f"No merge options bring the waiting under {found.bound:.0%} of step time: {found.reasons[0]}"
-    elif not found.overrides:
+    if found.enough and not found.overrides:
         yield f"Steps wait {share(found.stall_share)} of their time: no other merge options are needed"
-    else:
+        return
+    if not found.enough:
+        yield f"No merge options bring the waiting under {found.bound:.0%} of step time: {found.reasons[0]}"
+    if found.overrides:
         yield f"Steps wait {share(found.stall_share_now)} of their time, and {share(found.stall_share)} with"
         yield f"  {' '.join(found.overrides)}"
-        for override, reason in zip(found.overrides, found.reasons, strict=True):
+        for override, reason in zip(found.overrides, found.reasons if found.enough else (), strict=False):
             yield f"    {override:<24}{reason}"
         yield f"  memory per rank {size(found.memory)}, now {size(found.memory_now)}"

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "lte_scale"
 
 LAYERS: dict[int, set[str]] = {
     0: {"cadence", "config", "schedules", "scaling_rule", "log", "quantities"},
-    1: {"topology", "timing", "precision", "collectives", "apex"},
+    1: {"topology", "timing", "precision", "collectives", "bandwidth", "apex"},
     2: {"adapters", "codec", "low_rank", "initial", "live", "model", "cost"},
     3: {
         "archive",
@@ -44,6 +44,7 @@ LAYERS: dict[int, set[str]] = {
         "link",
         "fit",
         "suggest",
+        "tune",
         "export",
         "cli",
         "__main__",

@@ -183,6 +183,7 @@ def _fault_tolerance(config: Config) -> None:
         ("merge.path", merge.path, ("auto", "dense")),
         ("merge.precision", merge.precision, ("fp32",)),
         ("merge.region_every", merge.region_every, (0,)),
+        ("merge.tune", merge.tune, (False,)),
     ]
     for key, value, allowed in only:
         if value not in allowed:

@@ -190,6 +190,12 @@ class MergeConfig:
         "message misses goes with a later one. On the factor path under `reset` A stays fp32.",
         one_of=SENT,
     )
+    tune: bool = option(
+        False,
+        "Measure a step and the link between nodes before a run's first step, and take from there the `precision`, "
+        "`fragments` and `delay` with which steps wait less than 1 % of their time for it, at the least loss (what "
+        "`plan --suggest` does with figures of yours). A run that is resumed keeps them.",
+    )
     outer: str = option("average", "Outer optimizer over a window's change.", one_of=("average", "nesterov"))
     outer_lr: float = option(1.0, "Learning rate of the Nesterov outer optimizer.", above=0)
     outer_momentum: float = option(0.9, "Momentum of the Nesterov outer optimizer.", least=0, most=0.9999)

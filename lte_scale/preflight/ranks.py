@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import sys
-import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -18,16 +17,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from lte_scale.collectives import Collectives, Group, all_reduce_bytes
+from lte_scale.bandwidth import Bandwidth
+from lte_scale.collectives import Collectives, Group
 from lte_scale.preflight.compare import Answer
 from lte_scale.preflight.place import connect, first_line
 from lte_scale.topology import Topology
 
 STAGES = ("starts", "joins", "sums", "inside", "between", "answers")
-_FIRST_BYTES = 256 << 10
-_GROWTH = 4
-_MEASURED_SECONDS = 2.0
-_REPETITIONS = 20
 _PR_SET_PDEATHSIG = 1
 
 
@@ -80,10 +76,11 @@ class Rank:
         self.stage("sums")
         for group in (self.collectives.world, self.collectives.node, self.collectives.peers, self.collectives.head):
             self.check_sum(group)
+        bandwidth = Bandwidth(self.collectives, self.device, self.task.message_bytes)
         self.stage("inside")
-        inside = self.bandwidth(self.collectives.node)
+        inside = bandwidth.of(self.collectives.node)
         self.stage("between")
-        return Answer(inside=inside, between=self.bandwidth(self.collectives.peers))
+        return Answer(inside=inside, between=bandwidth.of(self.collectives.peers))
 
     def stage(self, name: str) -> None:
         self.store.set(f"stage/{self.topology.rank}", str(STAGES.index(name)))
@@ -96,38 +93,6 @@ class Rank:
         if wrong.numel():
             among = f"ranks {', '.join(map(str, group.ranks))}"
             raise WrongSumError(f"got {wrong[0].item():g} from the all-reduce of {among}, expected {expected}")
-
-    def bandwidth(self, group: Group) -> float:
-        """Bytes per second that this rank sends while all groups reduce at once, each its own message."""
-        if group.size == 1:
-            return 0.0
-        message_bytes = _FIRST_BYTES
-        seconds = self.timed(group, message_bytes, 1)
-        while message_bytes < self.task.message_bytes and seconds * _GROWTH < _MEASURED_SECONDS / 4:
-            message_bytes = min(_GROWTH * message_bytes, self.task.message_bytes)
-            seconds = self.timed(group, message_bytes, 1)
-        seconds = self.timed(group, message_bytes, 1)  # the one before was also the first of its size
-        repetitions = max(1, min(_REPETITIONS, int(_MEASURED_SECONDS / seconds)))
-        return all_reduce_bytes(group.size, message_bytes) / self.timed(group, message_bytes, repetitions)
-
-    def timed(self, group: Group, message_bytes: int, repetitions: int) -> float:
-        """Seconds per all-reduce, of the slowest rank of all: ranks must agree how to go on."""
-        message = torch.zeros(message_bytes // 4, device=self.device)
-        self.slowest(0.0)
-        began = time.perf_counter()
-        for _ in range(repetitions):
-            work = dist.all_reduce(message, group=group.process_group, async_op=True)
-            assert work is not None
-            if not self.task.gpu:
-                work.wait()
-        if self.task.gpu:
-            work.wait()
-            torch.cuda.synchronize()
-        return self.slowest((time.perf_counter() - began) / repetitions)
-
-    def slowest(self, seconds: float) -> float:
-        value = torch.tensor([seconds], device=self.device, dtype=torch.float64)
-        return float(self.collectives.all_reduce(value, self.collectives.world, "control", maximum=True).item())
 
 
 def report_failure(store: TCPStore, rank: int, reason: str, *, died: bool = False) -> None:
