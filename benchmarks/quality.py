@@ -47,6 +47,7 @@ BETWEEN_NODES = {
         "merge.delay=3",
     ),
 }
+AVERAGE = ("merge.outer=average", "merge.outer_lr=1", "merge.outer_momentum=0.9")  # for rows that say nothing of it
 NESTEROV = ("merge.outer=nesterov", "merge.outer_lr=0.8", "merge.outer_momentum=0.5")
 Run = dict[str, Any]
 
@@ -164,7 +165,7 @@ class Bench:
             command = [sys.executable, "-m", "lte_scale"]
             if nodes > 1:
                 command = [sys.executable, "launchers/emulate.py", "--nodes", str(nodes), "--ranks-per-node", "1", "--"]
-            command += ["train", "configs/vit_fashion.yaml", *overrides]
+            command += ["train", "configs/vit_fashion.yaml", *AVERAGE, *overrides]
             command += [f"run_dir={directory}/run", f"data.train={self.data}/train", f"data.val={self.data}/val"]
             subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
             records = [
