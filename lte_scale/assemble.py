@@ -96,7 +96,7 @@ def assemble(config: Config, num_classes: int, collectives: Collectives, device:
     if not config.adapters.alpha:
         window = config.merge.cadence.local_every
         lr_of_a = rate_of_a(config.optimizer.lr, rank=config.adapters.rank, window=window)
-    optimizer = HeadOptimizer(heads, config.optimizer, collectives, lr_of_a=lr_of_a)
+    optimizer = HeadOptimizer(heads, config.optimizer, collectives, lr_of_a=lr_of_a, passes=config.train.accumulate)
     return LTE(heads, engine, merger, optimizer, autocast)
 
 

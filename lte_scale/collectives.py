@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -194,6 +194,18 @@ class Collectives:
             with self.call(group, purpose, all_reduce_bytes(group.size, tensor.nbytes)):
                 dist.all_reduce(tensor, operation, group=group.process_group)
         return tensor
+
+    def begin_all_reduce(self, tensor: Tensor, group: Group, purpose: str) -> Callable[[], None]:
+        """Begin to sum over a group of several, in place. Returns what waits for it, where alone time is counted."""
+        self.bytes_sent[group.scope, purpose] += all_reduce_bytes(group.size, tensor.nbytes)
+        work = dist.all_reduce(tensor, group=group.process_group, async_op=True)
+        assert work is not None
+
+        def wait() -> None:
+            with self.call(group, purpose, 0):
+                work.wait()
+
+        return wait
 
     def all_gather(self, tensor: Tensor, group: Group, purpose: str) -> Tensor:
         """`tensor` [...] of every rank, as [ranks, ...] in the order of the group."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lte_scale.adam import build_adam, choose
+from lte_scale.averaging import GradientAverage
 from lte_scale.collectives import Collectives
 from lte_scale.config.schema import OptimizerConfig
 from lte_scale.model import Heads
@@ -44,9 +44,19 @@ class HeadOptimizer:
     """
 
     def __init__(
-        self, heads: Heads, config: OptimizerConfig, collectives: Collectives, *, lr_of_a: float | None = None
+        self,
+        heads: Heads,
+        config: OptimizerConfig,
+        collectives: Collectives,
+        *,
+        lr_of_a: float | None = None,
+        passes: int = 1,
     ) -> None:
-        """`lr_of_a`: the peak rate of A, if it is not that of B."""
+        """
+        Args:
+            lr_of_a: the peak rate of A, if it is not that of B.
+            passes: backward passes of a step.
+        """
         self.heads, self.config, self.collectives = heads, config, collectives
         self.parameters: dict[str, nn.Parameter] = heads.parameters()
         device = next(iter(self.parameters.values())).device
@@ -69,9 +79,17 @@ class HeadOptimizer:
             },
         ]
         self.adam = build_adam(name, groups, betas=(config.beta1, config.beta2), eps=config.eps, device=device)
+        group = collectives.world if config.average == "all" else collectives.head
+        self.average = GradientAverage(self.parameters, collectives, group, passes=passes) if group.size > 1 else None
         self.fused = name == "adamw" and len(heads.ids) == 1
         self.flags = LateFlags(len(heads.ids), device)
         self.skipped_in_a_row = [0] * len(heads.ids)
+
+    def without_gradient(self) -> list[str]:
+        """Names of parameters that no backward pass has reached, in the first step."""
+        if self.average:
+            return [name for name in self.parameters if name not in self.average.seen]
+        return [name for name, parameter in self.parameters.items() if parameter.grad is None]
 
     def step(self, losses: Tensor, rate: Callable[[float], float] = lambda peak: peak) -> tuple[Tensor, list[bool]]:
         """Average gradients over the ranks that share a head, or over all; clip, step every head that is finite, clear.
@@ -84,13 +102,17 @@ class HeadOptimizer:
             The norm of every head's gradient [H], and for every head whether it was skipped; with one head on CUDA
             whether it was in the step before, so that the host need not wait for the device.
         """
-        self._average_gradients()
+        if self.average:
+            self.average.finish()
         norms = self._gradient_norms()
         finite = (losses.isfinite() & norms.isfinite()).to(norms.device)
         for group in self.adam.param_groups:
             group["lr"] = rate(group["peak"])
         skipped = self._step_fused(norms, finite) if self.fused else self._step_any(norms, finite)
-        self.adam.zero_grad()
+        if self.average:
+            self.average.clear()
+        else:
+            self.adam.zero_grad()
         self.skipped_in_a_row = [n + 1 if bad else 0 for n, bad in zip(self.skipped_in_a_row, skipped, strict=True)]
         return norms, skipped
 
@@ -110,15 +132,6 @@ class HeadOptimizer:
         for view, index, value in kept:
             view[index].copy_(value)
         return skipped
-
-    def _average_gradients(self) -> None:
-        group = self.collectives.world if self.config.average == "all" else self.collectives.head
-        if group.size == 1:
-            return
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        flat = parameters_to_vector(gradients)
-        self.collectives.all_reduce(flat, group, "head_gradient")
-        vector_to_parameters(flat.div_(group.size), gradients)
 
     def _gradient_norms(self) -> Tensor:
         count = len(self.heads.ids)

@@ -235,7 +235,7 @@ class Trainer:
 
     def check_all_trained(self) -> None:
         """A layer whose weights the model uses without calling it would silently not be trained."""
-        unused = [name for name, parameter in self.heads.parameters().items() if parameter.grad is None]
+        unused = self.optimizer.without_gradient()
         if unused:
             raise ValueError(
                 f"model.name: {self.config.model.name} does not use {unused[0]} through its layer's forward "
