@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
@@ -16,12 +17,8 @@ _PARTS, _LEAST, _MOST = 8, 1 << 20, 25 << 20
 class GradientAverage:
     """The gradients of a head that several ranks share, or that all ranks train, as one flat buffer.
 
-    Every gradient is a view of the buffer, and a part of the buffer is summed as soon as all that lies in it is there:
-    at first in the order of the parameters, from the second step on in that of the backward pass. Parts are summed in
-    order, the same on all ranks.
-
-    Attributes:
-        seen: names of parameters that have had a gradient, in the order of the first backward pass.
+    Every gradient is a view of the buffer, and a part of the buffer is summed as soon as all that lies in it is there.
+    Parts are summed in order, the same on all ranks and in every step.
     """
 
     def __init__(
@@ -35,23 +32,33 @@ class GradientAverage:
     ) -> None:
         """
         Args:
-            parameters: in fp32, on one device.
+            parameters: in fp32, on one device, about in the order in which a backward pass reaches them.
             passes: backward passes of a step.
             part_bytes: of a message; 0 for a good size.
         """
-        self.parameters, self.collectives, self.group, self.passes = dict(parameters), collectives, group, passes
-        first = next(iter(self.parameters.values()))
-        self.flat = first.new_zeros(sum(p.numel() for p in self.parameters.values()))
+        self.collectives, self.group, self.passes = collectives, group, passes
+        first = next(iter(parameters.values()))
+        self.flat = first.new_zeros(sum(p.numel() for p in parameters.values()))
         # Parts that the group divides: what is sent for all of them is what one message would send.
         part_bytes = part_bytes or min(max(self.flat.nbytes // _PARTS, _LEAST), _MOST)
-        self.length = -(-part_bytes // first.element_size() // group.size) * group.size
-        self.parts = self.flat.split(self.length)
-        self.seen: dict[str, None] = {}
-        self.learning = True
+        length = -(-part_bytes // first.element_size() // group.size) * group.size
+        self.parts = self.flat.split(length)
+        self.expected = Counter[int]()
+        offset = 0
+        for name, parameter in parameters.items():
+            end = offset + parameter.numel()
+            parameter.grad = self.flat[offset:end].view_as(parameter)
+            lies_in = range(offset // length, -(-end // length))
+            self.expected.update(dict.fromkeys(lies_in, passes))
+            parameter.register_post_accumulate_grad_hook(self._hook(name, lies_in))
+            offset = end
+        self.left = dict.fromkeys(parameters, passes)
         self.waits: list[Callable[[], None]] = []
-        self._lay_out(list(self.parameters))
-        for name, parameter in self.parameters.items():
-            parameter.register_post_accumulate_grad_hook(self._hook(name))
+        self.missing = self.expected.copy()
+
+    def without_gradient(self) -> list[str]:
+        """Names of parameters that no backward pass of this step has reached."""
+        return [name for name, left in self.left.items() if left == self.passes]
 
     def finish(self) -> None:
         """After the backward passes of a step: gradients are the means over the group. Collective."""
@@ -63,38 +70,16 @@ class GradientAverage:
     def clear(self) -> None:
         """Begin a step."""
         self.flat.zero_()
-        if self.learning:
-            self.learning = False
-            order = self.collectives.broadcast_object([*self.seen, *(self.parameters.keys() - self.seen.keys())])
-            self._lay_out(order)
         self.waits.clear()
-        self.missing = list(self.expected)
+        self.missing = self.expected.copy()
+        self.left = dict.fromkeys(self.left, self.passes)
 
-    def _lay_out(self, order: list[str]) -> None:
-        """Give every parameter its place, in this order; nothing has been accumulated."""
-        self.lies_in: dict[str, range] = {}
-        self.expected = [0] * len(self.parts)
-        offset = 0
-        for name in order:
-            parameter = self.parameters[name]
-            end = offset + parameter.numel()
-            parameter.grad = self.flat[offset:end].view_as(parameter)
-            self.lies_in[name] = range(offset // self.length, -(-end // self.length))
-            for part in self.lies_in[name]:
-                self.expected[part] += self.passes
-            offset = end
-        self.missing = list(self.expected)
-
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
+    def _hook(self, name: str, lies_in: range) -> Callable[[Tensor], None]:
         def accumulated(parameter: Tensor) -> None:
-            if self.learning:
-                self.seen[name] = None
-            for part in self.lies_in[name]:
-                self.missing[part] -= 1
-                if self.missing[part] < 0:
-                    raise RuntimeError(
-                        f"more backward passes before optimizer.step() than train.accumulate {self.passes}"
-                    )
+            self.left[name] -= 1
+            if self.left[name] < 0:  # it would add to what has been summed
+                raise RuntimeError(f"more backward passes before a step than train.accumulate, {self.passes}")
+            self.missing.subtract(lies_in)
             ready = len(self.waits)
             while ready < len(self.parts) and not self.missing[ready]:
                 ready += 1

@@ -43,6 +43,7 @@ class Heads:
         replica_shapes: the shape each of them has in the timm model.
         weight_shapes: the shape each adapted layer's weight has in the timm model.
         alike: all heads of the run are one, so that they draw the same A.
+        order: names of everything trainable, in the order of the model.
     """
 
     ids: range
@@ -52,7 +53,8 @@ class Heads:
     replicas: Mapping[str, nn.Parameter]
     replica_shapes: Mapping[str, torch.Size]
     weight_shapes: Mapping[str, torch.Size]
-    alike: bool = False
+    alike: bool
+    order: tuple[str, ...]
 
     def factor_parameters(self) -> dict[str, nn.Parameter]:
         """`LAYER.A` and `LAYER.B` of every adapted layer."""
@@ -175,10 +177,11 @@ def attach(model: nn.Module, config: AdaptersConfig, ids: range, *, seed: int, a
         _give_bare_parameters_heads(model, layout)
         model.register_forward_pre_hook(_SamplesPerHead(layout))
     replicas = {_timm_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    order = tuple(replicas)
     for name in linears:
         del replicas[f"{name}.A"], replicas[f"{name}.B"]
     shapes = {name: _timm_shape(p, layout.heads, model, name) for name, p in replicas.items()}
-    heads = Heads(ids, layout, config.mode, linears, replicas, shapes, weight_shapes, alike)
+    heads = Heads(ids, layout, config.mode, linears, replicas, shapes, weight_shapes, alike, order)
     heads.initialise(seed)
     return heads
 

@@ -80,15 +80,18 @@ class HeadOptimizer:
         ]
         self.adam = build_adam(name, groups, betas=(config.beta1, config.beta2), eps=config.eps, device=device)
         group = collectives.world if config.average == "all" else collectives.head
-        self.average = GradientAverage(self.parameters, collectives, group, passes=passes) if group.size > 1 else None
+        self.average: GradientAverage | None = None
+        if group.size > 1:
+            backward = {name: self.parameters[name] for name in reversed(heads.order)}
+            self.average = GradientAverage(backward, collectives, group, passes=passes)
         self.fused = name == "adamw" and len(heads.ids) == 1
         self.flags = LateFlags(len(heads.ids), device)
         self.skipped_in_a_row = [0] * len(heads.ids)
 
     def without_gradient(self) -> list[str]:
-        """Names of parameters that no backward pass has reached, in the first step."""
+        """Names of parameters that the backward passes of a step have not reached; to be asked before it is taken."""
         if self.average:
-            return [name for name in self.parameters if name not in self.average.seen]
+            return self.average.without_gradient()
         return [name for name, parameter in self.parameters.items() if parameter.grad is None]
 
     def step(self, losses: Tensor, rate: Callable[[float], float] = lambda peak: peak) -> tuple[Tensor, list[bool]]:
