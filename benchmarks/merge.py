@@ -33,11 +33,14 @@ from merge_table import Run, accuracy_table, link_name, speed_table
 
 from lte_scale.config import ConfigError, load_config
 
-# What the two rows of LTE add to the configuration that all methods share. Of 16 steps (--every) a fragment has 4.
+# What the rows of LTE add to the configuration that all methods share. Of 16 steps (--every) a fragment has 4.
 LTE = {
     "lte_plain": ["merge.precision=bf16"],
     "lte_full": ["merge.precision=int8", "merge.fragments=4", "merge.delay=3"],
+    "lte_far": ["merge.precision=int4", "merge.fragments=4", "merge.delay=3"],
 }
+EVERY = {"lte_far": 48}  # in place of --every
+GROWTH = {"lte_far": ["merge.growth=0.1"]}  # of the first windows: for --accuracy, as what is measured is past them
 PEERS = ("ddp", "fsdp", "diloco")
 METHODS = (*PEERS, *LTE)
 
@@ -75,7 +78,7 @@ def measure(method: str, nodes: int, link: float | None, arguments: argparse.Nam
     with tempfile.TemporaryDirectory() as name:
         config = write_config(Path(name), None, speed_overrides(method, arguments, data))
         first = first_mark(method, config)
-        last = first + arguments.every * arguments.windows
+        last = first + every(method, arguments) * arguments.windows
         if method in LTE:
             words = [script("merge_lte.py"), str(first), str(last), "train", str(config)]
         else:
@@ -91,10 +94,10 @@ def measure(method: str, nodes: int, link: float | None, arguments: argparse.Nam
 def speed_overrides(method: str, arguments: argparse.Namespace, data: Path) -> list[str]:
     """The configuration of a run that is measured: no evaluation, and nothing saved but at the end."""
     overrides = [*MODEL, f"data.train={data / 'train'}", f"train.batch_size={arguments.batch_size}"]
-    overrides += [f"merge.every={arguments.every}", f"metrics.every={arguments.every}"]
-    overrides += ["checkpoint.every=0", "metrics.heads_every=0"]
+    period = every(method, arguments)
+    overrides += [f"merge.every={period}", f"metrics.every={period}", "checkpoint.every=0", "metrics.heads_every=0"]
     # A window to warm up, and one after the last mark: a run ends with a checkpoint and with merges that nothing hides.
-    overrides += [f"train.duration={arguments.every * (arguments.windows + 2)}"]
+    overrides += [f"train.duration={period * (arguments.windows + 2)}"]
     return [*overrides, *arguments.set, *LTE.get(method, ())]
 
 
@@ -109,7 +112,8 @@ def train(method: str, seed: int, arguments: argparse.Namespace, data: Path, fol
     nodes, ranks = arguments.nodes[0], arguments.ranks_per_node
     overrides = [f"data={{train: {data / 'train'}, val: {data / 'val'}, workers: 0}}", "topology.heads_per_node=0"]
     overrides += [f"train.batch_size={GLOBAL_BATCH // (nodes * ranks)}", f"seed={seed}"]
-    overrides += [f"train.duration={duration(arguments)}", f"merge.every={arguments.every}", *arguments.set]
+    overrides += [f"train.duration={duration(arguments)}", f"merge.every={every(method, arguments)}"]
+    overrides += [*arguments.set, *GROWTH.get(method, ())]
     overrides += LTE.get(method) or [f"optimizer.lr={RATES[method]}"]
     folder.mkdir(parents=True, exist_ok=True)
     config = write_config(folder, ROOT / "configs" / "vit_fashion.yaml", overrides)
@@ -122,6 +126,11 @@ def train(method: str, seed: int, arguments: argparse.Namespace, data: Path, fol
     if figures is None or "eval_top1" not in figures:
         sys.exit(f"{method}: told no accuracy")
     return {"method": method, "seed": seed, "eval_top1": figures["eval_top1"]}
+
+
+def every(method: str, arguments: argparse.Namespace) -> int:
+    """Steps between merges."""
+    return EVERY.get(method, int(arguments.every))
 
 
 def duration(arguments: argparse.Namespace) -> str:

@@ -30,8 +30,8 @@ from lte_scale.traffic import (
     merge_traffic,
     of_node,
     region_traffic,
-    run_traffic,
     step_traffic,
+    window_traffic,
 )
 
 
@@ -163,7 +163,7 @@ def make_plan(config: Config, *, nodes: int, ranks_per_node: int, traces: Traces
     topology, activations, spent = a.topology, traces.activations(a), traces.memory(a)
     adapted = traces.adapted(a)
     grown = replace(a, config=replace(config, merge=replace(config.merge, growth=0.0)))
-    window = of_node(grown, lambda a, rank: run_traffic(a, rank, config.merge.every))
+    window = of_node(grown, window_traffic)
     full_rank, full_rank_flops = _full_rank(config, topology, traces.classes, list(adapted.blocks), adapted.heads)
     average = {scope: sent / config.merge.every for scope, sent in by_scope(window).items()}
     return Plan(

@@ -231,6 +231,12 @@ def run_traffic(a: Arrangement, rank: int, steps: int, *, last: bool = False) ->
     return sent
 
 
+def window_traffic(a: Arrangement, rank: int) -> Traffic:
+    """`merge.every` steps with their merges, in the middle of a run: as much is under way at their end as before."""
+    every = a.cadence.every
+    return run_traffic(a, rank, 3 * every) - run_traffic(a, rank, 2 * every)
+
+
 def _traffic_after(a: Arrangement, rank: int, step: int, *, last: bool) -> Traffic:
     """The merges after `step`; what is under way counts where it lands."""
     cadence = a.cadence

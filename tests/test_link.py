@@ -27,6 +27,7 @@ from lte_scale.link import (
     predict,
 )
 from lte_scale.topology import Topology
+from lte_scale.traffic import by_scope, of_node, window_traffic
 
 LAYER = Layer(64, 32, 2)  # A of 64 values, B of 128, W of 2048
 EXCHANGE = Demand("LTE", 0, 95e6, every=50)  # 0.8 Gbit on a link, headers included
@@ -234,3 +235,12 @@ def test_the_command_refuses_in_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"lte-scale: {options[0]}: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("merge", [{}, {"delay": 3}, {"delay": 4, "local_every": 5}, {"fragments": 2, "delay": 1}])
+@pytest.mark.parametrize("mode", ["reset", "resetless"])
+def test_a_window_sends_what_its_exchanges_do(mode: str, merge: dict[str, int]) -> None:
+    """Also where its last exchange lands in the next window, as that of the window before does in this one."""
+    a = arrangement(mode=mode, **merge)
+    a = replace(a, shapes=Shapes({"a": LAYER, "b": LAYER}, 10))
+    assert by_scope(of_node(a, window_traffic))["inter_node"] == lte_demand(a).window_bytes > 0
