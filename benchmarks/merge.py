@@ -39,7 +39,7 @@ LTE = {
     "lte_full": ["merge.precision=int8", "merge.fragments=4", "merge.delay=3"],
     "lte_far": ["merge.precision=int4", "merge.fragments=4", "merge.delay=3"],
 }
-EVERY = {"lte_far": 48}  # in place of --every
+EVERY = {"lte_far": 64}  # in place of --every
 GROWTH = {"lte_far": ["merge.growth=0.1"]}  # of the first windows: for --accuracy, as what is measured is past them
 PEERS = ("ddp", "fsdp", "diloco")
 METHODS = (*PEERS, *LTE)
