@@ -239,7 +239,7 @@ def test_the_command_refuses_in_one_line(
 
 @pytest.mark.parametrize("merge", [{}, {"delay": 3}, {"delay": 4, "local_every": 5}, {"fragments": 2, "delay": 1}])
 @pytest.mark.parametrize("mode", ["reset", "resetless"])
-def test_a_window_sends_what_its_exchanges_do(mode: str, merge: dict[str, int]) -> None:
+def test_a_window_sends_what_its_exchanges_do(mode: str, merge: dict[str, Any]) -> None:
     """Also where its last exchange lands in the next window, as that of the window before does in this one."""
     a = arrangement(mode=mode, **merge)
     a = replace(a, shapes=Shapes({"a": LAYER, "b": LAYER}, 10))
