@@ -73,7 +73,7 @@ from lte_scale.contents import (
     unsent_that_is_lost,
 )
 from lte_scale.log import log
-from lte_scale.run_dir import best_checkpoint, named_checkpoints, resolve, step_of, whole_checkpoints
+from lte_scale.run_dir import best_checkpoint, candidates, named_checkpoints, step_of, whole_checkpoints
 from lte_scale.storage import read_metadata, read_tensors, reason
 
 
@@ -229,26 +229,26 @@ class Checkpoints:
         Raises:
             ValueError: if the path names none, or a damaged one; if the run has checkpoints and all are damaged.
         """
-        candidates: list[Path] = []
+        found: list[Path] = []
         error: str | None = None
-        if self.first and resume != "never":
+        if self.first:
             try:
-                candidates = named_checkpoints(self.run_dir)[::-1] if resume == "auto" else [resolve(resume)]
+                found = candidates(self.run_dir, resume)
             except ValueError as caught:
                 error = f"resume: {caught}"
-        candidates, error = self.collectives.broadcast_object((candidates, error))
+        found, error = self.collectives.broadcast_object((found, error))
         if error:
             raise ValueError(error)
-        for path in candidates:
+        for path in found:
             damage = self._damage(path)
             if not damage:
                 return path
             if resume != "auto":
                 raise ValueError(f"resume: {path} is damaged: {damage}; name another checkpoint")
             self._say(f"{path} is damaged: {damage}; looking for the one before")
-        if candidates:
+        if found:
             raise ValueError(
-                f"resume: all {len(candidates)} checkpoints in {self.run_dir / 'checkpoints'} are damaged; set "
+                f"resume: all {len(found)} checkpoints in {self.run_dir / 'checkpoints'} are damaged; set "
                 "resume=never to begin anew"
             )
         return None

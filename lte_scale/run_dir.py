@@ -71,6 +71,17 @@ def resolve(location: str) -> Path:
     raise ValueError(f"{location}: no checkpoint; {hint}")
 
 
+def candidates(run_dir: Path, resume: str) -> list[Path]:
+    """The checkpoints that `resume` may mean, the first to try first: `auto` (the run's own), `never`, or a path.
+
+    Raises:
+        ValueError: if a path names none.
+    """
+    if resume == "never":
+        return []
+    return named_checkpoints(run_dir)[::-1] if resume == "auto" else [resolve(resume)]
+
+
 def best_checkpoint(run_dir: Path) -> Path:
     """The run's checkpoint with the best eval_top1.
 

@@ -21,7 +21,7 @@ from lte_scale.link import gigabits, lte_demand
 from lte_scale.log import log
 from lte_scale.precision import with_precision
 from lte_scale.quantities import rate, seconds, share
-from lte_scale.run_dir import resolve, whole_checkpoints
+from lte_scale.run_dir import candidates
 from lte_scale.suggest import suggest
 from lte_scale.topology import Topology
 
@@ -99,13 +99,13 @@ def _link_gbit(config: Config, traces: Traces, collectives: Collectives, device:
 def _begun_with(config: Config) -> tuple[str, ...] | None:
     """As overrides, what the run that goes on was tuned to; None if there is none."""
     try:
-        found = whole_checkpoints(Path(config.run_dir)) if config.resume == "auto" else [resolve(config.resume)]
+        found = candidates(Path(config.run_dir), config.resume)
     except ValueError:  # what the trainer will refuse, in words of its own
         return ()
-    for checkpoint in reversed(found):
+    for checkpoint in found:
         try:
             merge = load_config(checkpoint / "config.yaml").merge
-        except ValueError:  # damaged: so it will go on from the one before
+        except ValueError:  # torn: so it will go on from the one before
             continue
         return tuple(f"merge.{name}={getattr(merge, name)}" for name in TUNED) if merge.tune else None
     return None

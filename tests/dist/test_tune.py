@@ -46,9 +46,12 @@ def test_where_the_link_is_fast_nothing_is_changed(
         assert sent == 0
 
 
-def test_where_steps_would_wait_all_ranks_take_the_same_options(pool4: DistributedPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_where_steps_would_wait_all_ranks_take_the_same_options(
+    pool4: DistributedPool, tmp_path: Path, resume: str
+) -> None:
     """Twelve MB after every other step of a few milliseconds."""
-    overrides = [*MODEL, WIDE, "merge.every=2", "merge.path=dense", f"run_dir={tmp_path}"]
+    overrides = [*MODEL, WIDE, "merge.every=2", "merge.path=dense", f"run_dir={tmp_path}", f"resume={resume}"]
     (first, _), (second, _) = pool4.run(measured, overrides, world_size=2, ranks_per_node=1)
     assert first == second
     changed = {change.partition(":")[0] for change in differences(load_config(None, overrides), first)}
