@@ -56,11 +56,11 @@ def measure(link: float, tune: bool, data: Path) -> Run:
 def predictions(log: str) -> Run:
     """What `merge.tune` has said."""
     gbit = re.search(r"merge.tune: steps of .*?, (\S+) Gbit/s between nodes", log)
-    waits = re.search(r"merge.tune: steps would wait (.*?) of their time, and (.*?) with (.*)", log)
-    kept = re.search(r"merge.tune: steps will wait (.*?) of their time", log)
-    assert gbit and (waits or kept), log
-    now, then, options = waits.groups() if waits else (kept.group(1), kept.group(1), "") if kept else ("", "", "")
-    return {"gbit": float(gbit.group(1)), "predicted_now": share(now), "predicted": share(then), "options": options}
+    waits = re.search(r"merge.tune: steps \w+ wait (.*?) of their time, and (?:(\S+(?: x)?) with )?(.*)", log)
+    assert gbit and waits, log
+    now, then, options = waits.groups()
+    predicted = {"predicted_now": share(now), "predicted": share(then or now)}
+    return {"gbit": float(gbit.group(1)), **predicted, "options": options if then else ""}
 
 
 def share(text: str) -> float:
@@ -69,9 +69,8 @@ def share(text: str) -> float:
 
 
 def table(runs: list[Run]) -> str:
-    lines = [
-        "| link | measured | options taken | untuned: predicted, measured | tuned: predicted, measured | speed-up |"
-    ]
+    predicted = "predicted, measured"
+    lines = [f"| link | measured | options taken | untuned: {predicted} | tuned: {predicted} | speed-up |"]
     lines += ["|---|---|---|---|---|---|"]
     for link in dict.fromkeys(run["link_mbit"] for run in runs):
         tuned, plain = ([r for r in runs if (r["link_mbit"], r["tune"]) == (link, t)] for t in (True, False))
@@ -103,10 +102,8 @@ def main() -> None:
             runs.append(measure(link, tune, data))
             print(runs[-1], flush=True)
     date = datetime.date.today().isoformat()
-    text = (
-        f"{table(runs)}\n\n`{' '.join(['benchmarks/tune.py', *sys.argv[1:]])}`: medians of {arguments.rounds} rounds; "
-    )
-    text += f"{hardware()}; {date}."
+    command = " ".join(["benchmarks/tune.py", *sys.argv[1:]])
+    text = f"{table(runs)}\n\n`{command}`: medians of {arguments.rounds} rounds; {hardware()}; {date}."
     print(text)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "tune.json").write_text(json.dumps({"date": date, "hardware": hardware(), "runs": runs}) + "\n")

@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from lte_scale.collectives import SCOPES
-from lte_scale.config import check_topology, load_config
+from lte_scale.config import check_topology, load_config, overridden
 from lte_scale.estimate import Plan, Traces, make_plan, path_rows
 from lte_scale.fit import MARGIN, fit, fit_lines
 from lte_scale.link import Forecast, forecast
@@ -63,21 +63,27 @@ def run(args: argparse.Namespace) -> int:
     traces = Traces(config)
     plan = make_plan(config, **place, traces=traces)
     found = suggestion = fitting = None
+    memory: dict[str, int] = {}
     if args.link_gbit is not None:
         found = forecast(plan.arrangement, plan.full_rank, gbit=args.link_gbit, step_seconds=args.step_seconds)
     if args.suggest:
         suggestion = suggest(config, traces, **place, gbit=args.link_gbit, step_seconds=args.step_seconds)
+        other = traces.arrangement(overridden(config, suggestion.overrides), **place)
+        memory = {"memory_now": plan.memory.total, "memory": traces.memory(other).total}
     if args.fit is not None:
         margin = MARGIN if args.margin is None else args.margin
         fitting = fit(config, traces, **place, gigabytes=args.fit, margin=margin)
     if args.json:
-        more = {"link": found, "suggestion": suggestion, "fit": fitting}
-        print(json.dumps(as_object(plan) | {key: asdict(part) for key, part in more.items() if part}, indent=2))
+        parts = {"link": found, "suggestion": suggestion, "fit": fitting}
+        more = {key: asdict(part) for key, part in parts.items() if part}
+        if suggestion:
+            more["suggestion"] |= memory
+        print(json.dumps(as_object(plan) | more, indent=2))
         return 0
     for line in lines(plan, found):
         print(line)
     if suggestion:
-        print("\n".join(suggestion_lines(suggestion)))
+        print("\n".join(suggestion_lines(suggestion, **memory)))
     if fitting:
         print("\n".join(fit_lines(fitting)))
     return 0

@@ -39,7 +39,6 @@ class Suggestion:
         overrides: none if the configuration needs none.
         reasons: one for each override, or why they are not enough.
         stall_share: waiting as a share of step time with them, `stall_share_now` without.
-        memory: bytes of a rank with them, `memory_now` without.
     """
 
     bound: float
@@ -48,8 +47,6 @@ class Suggestion:
     reasons: tuple[str, ...]
     stall_share_now: float
     stall_share: float
-    memory_now: int
-    memory: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,16 +91,13 @@ def suggest(
     rejected: list[Option] = []
     enough = now if now.waits < BOUND else search.least(now, rejected)
     found = enough or min([now, *rejected], key=lambda option: option.waits)
-    overrides = found.overrides(config)
     return Suggestion(
         bound=BOUND,
         enough=enough is not None,
-        overrides=overrides,
+        overrides=found.overrides(config),
         reasons=tuple(search.reasons(enough, rejected) if enough else [search.why_none(now, rejected)]),
         stall_share_now=now.waits,
         stall_share=found.waits,
-        memory_now=search.memory(config),
-        memory=search.memory(overridden(config, overrides)),
     )
 
 
@@ -122,9 +116,6 @@ class _Search:
     def option(self, config: Config) -> Option:
         """How much steps wait as `config` says."""
         return self._option(config, lte_demand(self._arrangement(config)), config.merge.delay)
-
-    def memory(self, config: Config) -> int:
-        return self.traces.memory(self._arrangement(config)).total
 
     def least(self, now: Option, rejected: list[Option]) -> Option | None:
         """The first option in order of loss that is enough; the best of each precision before it go to `rejected`."""
@@ -227,8 +218,8 @@ def _staleness(option: Option) -> tuple[float, int, int]:
     return max(0.0, option.delay - SOON * option.every), option.fragments, option.delay
 
 
-def suggestion_lines(found: Suggestion) -> Iterator[str]:
-    """As text; the overrides are a line of their own."""
+def suggestion_lines(found: Suggestion, *, memory_now: int, memory: int) -> Iterator[str]:
+    """As text; the overrides are a line of their own. `memory`: bytes of a rank with them, `memory_now` without."""
     yield ""
     if found.enough and not found.overrides:
         yield f"Steps wait {share(found.stall_share)} of their time: no other merge options are needed"
@@ -238,6 +229,7 @@ def suggestion_lines(found: Suggestion) -> Iterator[str]:
     if found.overrides:
         yield f"Steps wait {share(found.stall_share_now)} of their time, and {share(found.stall_share)} with"
         yield f"  {' '.join(found.overrides)}"
-        for override, reason in zip(found.overrides, found.reasons if found.enough else (), strict=False):
-            yield f"    {override:<24}{reason}"
-        yield f"  memory per rank {size(found.memory)}, now {size(found.memory_now)}"
+        if found.enough:
+            for override, reason in zip(found.overrides, found.reasons, strict=True):
+                yield f"    {override:<24}{reason}"
+        yield f"  memory per rank {size(memory)}, now {size(memory_now)}"

@@ -217,24 +217,24 @@ def _mean_traffic(links: Links, group: Sequence[int], codec: Codec, purpose: str
         links.all_gather(group, purpose, part)
 
 
-def run_traffic(a: Arrangement, rank: int, steps: int, *, last: bool = False) -> Traffic:
-    """The first `steps` optimizer steps of a run with their merges; evaluations and checkpoints are not in it.
+def run_traffic(a: Arrangement, rank: int, steps: int, *, begun: int = 0, last: bool = False) -> Traffic:
+    """The optimizer steps from `begun` to `steps` of a run with their merges; evaluations and checkpoints not counted.
 
     `last`: the run ends there, and all that is left is merged.
     """
-    sent, merging = times(step_traffic(a, rank), steps), 0
-    for step in filter(a.cadence.due, range(1, steps + 1)):
+    sent = times(step_traffic(a, rank), steps - begun)
+    for step in filter(a.cadence.due, range(begun + 1, steps + 1)):
         sent += _traffic_after(a, rank, step, last=last and step == steps)
-        merging += step < steps
-    if a.config.base.gather == "window":
-        sent += times(gather_traffic(a, rank), 1 + merging)
+    if a.config.base.gather == "window":  # before the first step, and after every merge that a step follows
+        gathers = sum(step == 0 or a.cadence.due(step) for step in range(begun, steps))
+        sent += times(gather_traffic(a, rank), gathers)
     return sent
 
 
 def window_traffic(a: Arrangement, rank: int) -> Traffic:
     """`merge.every` steps with their merges, in the middle of a run: as much is under way at their end as before."""
     every = a.cadence.every
-    return run_traffic(a, rank, 3 * every) - run_traffic(a, rank, 2 * every)
+    return run_traffic(a, rank, 3 * every, begun=2 * every)
 
 
 def _traffic_after(a: Arrangement, rank: int, step: int, *, last: bool) -> Traffic:
