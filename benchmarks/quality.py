@@ -65,15 +65,25 @@ COMMON = (
 
 @dataclass(frozen=True)
 class Row:
-    """A setting, how many seeds it is to have (1: for a trend, no comparison), and on how many nodes of one rank."""
+    """A setting.
+
+    Attributes:
+        seeds: how many it is to have (1: for a trend, no comparison).
+        tuned: at a rate of its own, or at LTE's.
+        nodes: of one rank.
+        longer: so many times the images of other rows.
+    """
 
     overrides: tuple[str, ...]
     seeds: int = 1
     tuned: bool = True
     nodes: int = 1
+    longer: float = 1.0
 
     def command(self, rate: float, seed: int, duration: str) -> tuple[str, ...]:
-        own = (f"optimizer.lr={rate:g}", f"optimizer.replica_lr={rate:g}", f"train.duration={duration}", f"seed={seed}")
+        length, unit = (duration[:-2], "ep") if duration.endswith("ep") else (duration, "")
+        length = f"{float(length) * self.longer:g}{unit}"
+        own = (f"optimizer.lr={rate:g}", f"optimizer.replica_lr={rate:g}", f"train.duration={length}", f"seed={seed}")
         return (*COMMON, *self.overrides, *own)
 
 
@@ -90,10 +100,10 @@ def _lte(*overrides: str, heads: int = 8, seeds: int = 1, tuned: bool = False) -
     return Row(("method=lte", *_heads(heads), *(overrides or NESTEROV)), seeds=seeds, tuned=tuned)
 
 
-def _between_nodes(*overrides: str) -> Row:
-    """LTE's eight heads, four on either of two nodes: in fp32 and without delay the same run, to rounding."""
-    settings = ("method=lte", *_heads(8), "topology.heads_per_node=4", *NESTEROV, "engine=fsdp", *overrides)
-    return Row(settings, seeds=3, tuned=False, nodes=2)
+def _on_nodes(*overrides: str, nodes: int = 2, heads: int = 8, tuned: bool = False, longer: float = 1.0) -> Row:
+    """LTE's heads on nodes of one rank: in fp32, merged by all at once, the same run as in one process, to rounding."""
+    placed = (*_heads(heads), f"topology.heads_per_node={heads // nodes}", "engine=fsdp")
+    return Row(("method=lte", *placed, *NESTEROV, *overrides), seeds=3, tuned=tuned, nodes=nodes, longer=longer)
 
 
 ROWS: dict[str, Row] = {
@@ -107,7 +117,9 @@ ROWS: dict[str, Row] = {
     "lte T=50, growing windows": _lte(*NESTEROV, "merge.every=50", "merge.growth=0.1", seeds=3),
     **{f"lte rank={r}": _lte(*NESTEROV, f"adapters.rank={r}") for r in (4, 64)},
     **{f"lte heads={h}": _lte(heads=h, tuned=h == 32) for h in (1, 4, 32)},
-    **{f"lte, {what}": _between_nodes(*overrides) for what, overrides in BETWEEN_NODES.items()},
+    "lte T=50, growing, every 5 in two nodes": _on_nodes("merge.every=50", "merge.growth=0.1", "merge.local_every=5"),
+    "lte heads=32, every 2 in four nodes": _on_nodes("merge.local_every=2", heads=32, nodes=4, tuned=True),
+    **{f"lte, {what}": _on_nodes(*overrides) for what, overrides in BETWEEN_NODES.items()},
 }
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The base held in fewer bits: accuracy for the same samples, and the bytes of a large model's state.
+"""The base and the optimizer's moments in fewer bits: accuracy for the same samples, and bytes of a large state.
 
     benchmarks/quantised.py                    minutes on a CPU; needs Debian's dataset-fashion-mnist
     benchmarks/quantised.py --steps 0          the bytes alone, in seconds
 
 Accuracy: a small vision transformer on Fashion-MNIST, four heads in one process, products as `train.precision: auto`
-has them on this machine (bf16 or fp32). For every seed the three runs take the same steps on the same batches in turn;
+has them on this machine (bf16 or fp32). For every seed the runs take the same steps on the same batches in turn;
 what is compared is top-1 of the merged fp32 masters on the 10,000 test images, seed by seed. State: what `plan` counts
 of weights, gradients and optimizer on the accelerator for ViT-L/16 in one process, which tests hold against real
 tensors, beside 16 bytes a parameter of full-rank AdamW. Writes benchmarks/results/quantised.json and the tables of
@@ -56,7 +56,15 @@ from lte_scale.topology import Topology
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
-PRECISIONS = ("auto", "int8", "nf4")
+# base.precision, optimizer.moments
+VARIANTS = {
+    "fp32": ("auto", "fp32"),
+    "base int8": ("int8", "fp32"),
+    "base nf4": ("nf4", "fp32"),
+    "moments bf16": ("auto", "bf16"),
+    "moments log8": ("auto", "log8"),
+    "base nf4, moments log8": ("nf4", "log8"),
+}
 HEADS, EVERY = 4, 10
 
 SMALL = Config(
@@ -105,12 +113,16 @@ def accuracy(lte: LTE, images: Tensor, labels: Tensor) -> float:
     return right / len(labels)
 
 
+def held(config: Config, variant: str, **base: Any) -> Config:
+    """`config` with the base and the moments held as the variant says."""
+    precision, moments = VARIANTS[variant]
+    optimizer = replace(config.optimizer, moments=moments)
+    return replace(config, base=BaseConfig(precision=precision, **base), optimizer=optimizer)
+
+
 def compare(seed: int, steps: int, batch_size: int, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Any:
-    """Top-1 by precision after the same steps on the same batches, and each one's seconds per step."""
-    runs = {
-        precision: adapt(replace(SMALL, seed=seed, base=BaseConfig(precision=precision)), 10)
-        for precision in PRECISIONS
-    }
+    """Top-1 by variant after the same steps on the same batches, and each one's seconds per step."""
+    runs = {variant: adapt(held(replace(SMALL, seed=seed), variant), 10) for variant in VARIANTS}
     spent = dict.fromkeys(runs, 0.0)
     generator = torch.Generator().manual_seed(seed)
     for step in range(1, steps + 1):
@@ -132,24 +144,23 @@ def compare(seed: int, steps: int, batch_size: int, train: tuple[Tensor, Tensor]
 
 
 def states() -> dict[str, dict[str, int]]:
-    """Bytes on the accelerator by how the base is held, with the fp32 master there or in CPU memory."""
+    """Bytes on the accelerator between steps by what is held how, with the fp32 master there or in CPU memory."""
     model = build(LARGE.model, LARGE.model.num_classes, seed=0)
     with torch.device("meta"):
         heads = attach(model, LARGE.adapters, range(1), seed=0)
     shapes = shapes_of(heads)
     found = {"full-rank AdamW": {"state": 16 * shapes.values}}
-    for precision in PRECISIONS:
+    for variant in VARIANTS:
         for offload in ("none", "cpu"):
-            config = replace(LARGE, base=BaseConfig(precision=precision, offload=offload))
-            spent = memory(Arrangement(shapes, Topology(), config), activations=0)
-            key = f"{precision}, master {'in CPU memory' if offload == 'cpu' else 'beside it'}"
+            spent = memory(Arrangement(shapes, Topology(), held(LARGE, variant, offload=offload)), activations=0)
+            key = f"{variant}, master {'in CPU memory' if offload == 'cpu' else 'beside it'}"
             found[key] = {part: getattr(spent, part) for part in STATE}
     return found
 
 
 def state_table(found: dict[str, dict[str, int]]) -> str:
     whole = sum(found["full-rank AdamW"].values())
-    lines = ["| base | base as products read it | state | of full-rank AdamW's |", "|---|---|---|---|"]
+    lines = ["| held | base as products read it | state | of full-rank AdamW's |", "|---|---|---|---|"]
     for name, parts in found.items():
         total, held = sum(parts.values()), parts.get("gathered", 0)
         shown = f"{held / 1e6:.0f} MB" if held else ""
@@ -159,13 +170,13 @@ def state_table(found: dict[str, dict[str, int]]) -> str:
 
 def accuracy_table(runs: list[Any]) -> str:
     lines = [
-        "| base | top-1, mean over seeds | by seed | against auto, same seed | step against auto |",
+        "| held | top-1, mean over seeds | by seed | against fp32, same seed | step against fp32 |",
         "|---|---|---|---|---|",
     ]
-    for name in PRECISIONS:
+    for name in VARIANTS:
         top1 = [run["top1"][name] for run in runs]
-        off = [100 * (run["top1"][name] - run["top1"]["auto"]) for run in runs]
-        times = statistics.median(run["step_seconds"][name] / run["step_seconds"]["auto"] for run in runs)
+        off = [100 * (run["top1"][name] - run["top1"]["fp32"]) for run in runs]
+        times = statistics.median(run["step_seconds"][name] / run["step_seconds"]["fp32"] for run in runs)
         lines.append(
             f"| {name} | {statistics.mean(top1):.2%} | {', '.join(f'{value:.2%}' for value in top1)} | "
             f"{statistics.mean(off):+.2f} points ({min(off):+.2f} to {max(off):+.2f}) | {times:.2f} |"

@@ -49,7 +49,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -116,7 +115,7 @@ class Checkpoints:
         then while this waits for a save, and so for all ranks.
         """
         self.finish(meanwhile)
-        with torch.no_grad(), pieces.merger.editable() as shards:
+        with pieces.opened() as shards:
             tensors = {name: copied(value) for name, value in tensors_of(pieces, shards).items()}
         path = self.run_dir / "checkpoints" / f"step_{state['step']:08d}"
         described = {**state, "top1": top1, "topology": asdict(self.collectives.topology), "format": FORMAT}
@@ -279,7 +278,7 @@ class Checkpoints:
         there = {name.split("/")[1] for name in metadata.state_dict_metadata if name.startswith("head/")}
         same_heads = state["heads"] == topology.heads and there.issuperset(map(str, topology.job_heads))
         merger = pieces.merger
-        with torch.no_grad(), merger.editable() as shards:
+        with pieces.opened() as shards:
             check_model(metadata, pieces, path)
             wanted = tensors_of(pieces, shards, loading=True)
             chosen = {n: t for n, t in wanted.items() if carries_over(n, same_place=same_place, same_heads=same_heads)}
@@ -304,7 +303,7 @@ class Checkpoints:
         if any(name.startswith("node/") for name in metadata.state_dict_metadata) and not same_place:
             self._say("another topology: what nodes had merged on their own since the last global merge is dropped")
         merger.restore()
-        with torch.no_grad(), merger.editable() as shards:
+        with pieces.opened() as shards:
             targets = tensors_of(pieces, shards, loading=True)
             copy_in({n: staged[n] for n in late}, {n: targets[n] for n in late})
         return {key: value for key, value in state.items() if key not in ABOUT}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,15 @@ class Pieces:
     positions: dict[int, int]
     divergence: Divergence | None = None
 
+    @contextmanager
+    def opened(self) -> Iterator[Mapping[str, Tensor]]:
+        """Within, `tensors_of` these may be read and written: the engine's parts of all weights, moments in fp32."""
+        with torch.no_grad(), self.merger.editable() as shards, self.optimizer.decoded():
+            yield shards
+
 
 def tensors_of(pieces: Pieces, shards: Mapping[str, Tensor], *, loading: bool = False) -> Tensors:
-    """Every tensor of the run by its key, as they are: not copied."""
+    """Every tensor of the run by its key, not copied; while the pieces are `opened`."""
     merger, heads = pieces.merger, pieces.heads
     rank, node = merger.topology.rank, merger.topology.node
     found: Tensors = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from lte_scale.arrangement import FP32, Arrangement, Bucket, length
 from lte_scale.config.deepspeed import PREFETCHED
+from lte_scale.moments import moment_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,7 @@ def memory(a: Arrangement, *, activations: int) -> Memory:
     kept = dict.fromkeys(weights, 0) if offloaded else weights
     replicas = FP32 * a.shapes.replica_values
     factors = t.heads_per_rank * a.shapes.factor_values
-    trained = t.heads_per_rank * a.shapes.trainable_values
+    trained, held_in = t.heads_per_rank * a.shapes.trainable_values, config.optimizer.moments
     return Memory(
         master=kept["master"] + replicas,
         momentum=kept["momentum"] + (replicas if config.merge.outer == "nesterov" else 0),
@@ -73,8 +74,9 @@ def memory(a: Arrangement, *, activations: int) -> Memory:
         products=kept["products"],
         replicas=FP32 * t.heads_per_rank * a.shapes.replica_values,
         gradients=FP32 * trained,
-        optimizer_state=2 * FP32 * trained,
-        activations=activations,
+        optimizer_state=2 * moment_bytes(held_in, trained),
+        # Moments are in fp32 during a step, when activations are not there.
+        activations=max(activations, 0 if held_in == "fp32" else 2 * FP32 * trained),
         merge_history=FP32 * _history_values(a),
         unsent=FP32 * unsent_values(a, 0),
         merge_buffers=FP32 * max((_buffer_values(a, bucket) for bucket in a.buckets), default=0),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lte_scale.averaging import GradientAverage
 from lte_scale.collectives import Collectives
 from lte_scale.config.schema import OptimizerConfig
 from lte_scale.model import Heads
+from lte_scale.moments import HeldMoments
 
 
 class LateFlags:
@@ -79,6 +81,7 @@ class HeadOptimizer:
             },
         ]
         self.adam = build_adam(name, groups, betas=(config.beta1, config.beta2), eps=config.eps, device=device)
+        self.held = HeldMoments(self.adam, config.moments, len(heads.ids)) if config.moments != "fp32" else None
         group = collectives.world if config.average == "all" else collectives.head
         self.average: GradientAverage | None = None
         if group.size > 1:
@@ -111,7 +114,8 @@ class HeadOptimizer:
         finite = (losses.isfinite() & norms.isfinite()).to(norms.device)
         for group in self.adam.param_groups:
             group["lr"] = rate(group["peak"])
-        skipped = self._step_fused(norms, finite) if self.fused else self._step_any(norms, finite)
+        with self.decoded():
+            skipped = self._step_fused(norms, finite) if self.fused else self._step_any(norms, finite)
         if self.average:
             self.average.clear()
         else:
@@ -169,16 +173,26 @@ class HeadOptimizer:
             kept += [(view, index, view[index].clone()) for view in views for index in indices]
         return kept
 
+    @contextmanager
+    def decoded(self) -> Iterator[None]:
+        """Within, all moments are there in fp32, to be read and written."""
+        if self.held is None:
+            yield
+        else:
+            with self.held.decoded():
+                yield
+
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """AdamW's `exp_avg` and `exp_avg_sq` of a parameter."""
+        """AdamW's `exp_avg` and `exp_avg_sq` of a parameter, `decoded`."""
         state = self.adam.state[parameter]
         return {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
 
     @torch.no_grad()
     def start_again(self, index: int) -> None:
         """The head at `index` has been withdrawn. Its second moments stay: without them its first steps were larger."""
-        for parameter in self.parameters.values():
-            self.moments(parameter)["exp_avg"].view(len(self.heads.ids), -1)[index].zero_()
+        with self.decoded():
+            for parameter in self.parameters.values():
+                self.moments(parameter)["exp_avg"].view(len(self.heads.ids), -1)[index].zero_()
         self.skipped_in_a_row[index] = 0
 
     @torch.no_grad()
@@ -186,8 +200,10 @@ class HeadOptimizer:
         """After a merge. `keep` leaves the state, `reset` clears it all, `reset_b` that of B alone."""
         if policy == "keep":
             return
-        for name, parameter in self.parameters.items():
-            if policy == "reset" or (name in self.heads.factor_parameters() and name.endswith(".B")):
-                for moment in self.moments(parameter).values():
-                    moment.zero_()
-                self.adam.state[parameter]["step"].zero_()
+        chosen = self.heads.factor_parameters() if policy == "reset_b" else self.parameters
+        with self.decoded():
+            for name, parameter in chosen.items():
+                if policy == "reset" or name.endswith(".B"):
+                    for moment in self.moments(parameter).values():
+                        moment.zero_()
+                    self.adam.state[parameter]["step"].zero_()

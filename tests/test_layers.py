@@ -29,7 +29,7 @@ LAYERS: dict[int, set[str]] = {
         "shards",
         "sources",
     },
-    4: {"engines", "adam", "averaging", "checksums", "optim", "storage"},
+    4: {"engines", "adam", "averaging", "checksums", "moments", "optim", "storage"},
     5: {"merge", "evaluate", "checkpoint", "metrics", "report", "preemption", "health", "watchdog", "profiling"},
     6: {
         "assemble",

@@ -239,6 +239,12 @@ class OptimizerConfig:
     eps: float = option(1e-8, "Added to the denominator.", above=0)
     weight_decay: float = option(0.0, "Decoupled weight decay of the factors (replica parameters have none).", least=0)
     clip_norm: float = option(1.0, "Gradient norm to which each head is clipped; 0 is off.", least=0)
+    moments: str = option(
+        "fp32",
+        "What AdamW's moments are held in between steps: fp32, bf16, or log8, which is 8 bits, and a power of two for "
+        "64 values. A step brings them to fp32, when no activations are held (docs/performance.md).",
+        one_of=("fp32", "bf16", "log8"),
+    )
     average: str = option(
         "head",
         "Whose gradients are averaged at every step: of the ranks that share a head, or of all ranks, which makes them "
