@@ -114,8 +114,9 @@ class Arrangement:
 
     @property
     def factor_codecs(self) -> tuple[Codec, Codec]:
-        """The same for A and for B on the factor path (why A is exact under reset: `merge`)."""
-        return (self.codec if self.resetless else Codec()), self.codec
+        """The same for A and for B on the factor path (why A has 8 bits at least under reset: `merge`)."""
+        few = self.codec.precision == "int4" and not self.resetless
+        return (Codec("int8") if few else self.codec), self.codec
 
     @property
     def region_codec(self) -> Codec:

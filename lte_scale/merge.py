@@ -22,8 +22,9 @@ last global merge becomes their mean. The mean over all nodes stays what it is, 
 In `merge.precision` other than fp32 a message holds less than it should. What it misses is not lost:
 
     dense path, replica parameters   it is added to the next window's change (`feedback`)
-    factor path, reset               it stays in the head: B becomes B - B^ for the B^ sent, and B A is linear in B. A
-                                     is sent in fp32: B (A - A^) has another rank r, which a head cannot keep
+    factor path, reset               it stays in the head: B becomes B - B^ for the B^ sent, and B A is linear in B. Not
+                                     so B^ (A - A^), which has another rank r: a head merges as if its A were the A^
+                                     sent, which has 8 bits or more, and goes on with A
     factor path, resetless           A' and B' become the A^ and B^ sent: the head goes on from W + s (B A - B^ A^)
     copies of a finer master         they are told by how much the master has moved from what they hold (`copies`)
 """

@@ -10,7 +10,7 @@ import torch
 
 from lte_scale.assemble import adapt
 from lte_scale.cli import main
-from lte_scale.config.schema import Config, EngineConfig, TopologyConfig, TrainConfig
+from lte_scale.config.schema import Config, EngineConfig, OptimizerConfig, TopologyConfig, TrainConfig
 from tests.reference import CLASSES, TINY
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +34,10 @@ def test_cuda_learns_what_the_cpu_learns(tmp_path: Path, heads: int, mode: str) 
     assert cuda == pytest.approx(cpu, rel=1e-3)
 
 
-@pytest.mark.parametrize("extra", ["train.compile=true", "train.checkpoint_activations=true", "base.gather=pass"])
+EXTRAS = ("train.compile=true", "train.checkpoint_activations=true", "base.gather=pass", "optimizer.moments=log8")
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
 def test_bf16_learns_what_fp32_learns(tmp_path: Path, extra: str) -> None:
     assert main(["shards", "digits", str(tmp_path / "data")]) == 0
     same = ["train.device=cuda", "train.duration=100"]
@@ -58,13 +61,15 @@ def test_offload_changes_no_loss(tmp_path: Path, engine: str, mode: str) -> None
     assert offloaded == pytest.approx(kept, rel=1e-5)
 
 
-def test_a_step_never_waits_for_the_device() -> None:
+@pytest.mark.parametrize("moments", ["fp32", "log8"])
+def test_a_step_never_waits_for_the_device(moments: str) -> None:
     """Forward, backward, clipping, skipping and AdamW of one head are queued; the host hears of skips a step later."""
     config = Config(
         model=TINY,
         engine=EngineConfig(name="none"),
         topology=TopologyConfig(heads_per_node=1),
         train=TrainConfig(precision="bf16"),
+        optimizer=OptimizerConfig(moments=moments),
     )
     lte = adapt(config, CLASSES, "cuda")
     images = torch.randn(8, TINY.channels, TINY.image_size, TINY.image_size, device="cuda")

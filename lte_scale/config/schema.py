@@ -187,7 +187,7 @@ class MergeConfig:
     precision: str = option(
         "fp32",
         "What crosses between nodes at a global merge: fp32, bf16, or int8 or int4 with a scale for 64 values. What a "
-        "message misses goes with a later one. On the factor path under `reset` A stays fp32.",
+        "message misses goes with a later one, but for rounding A, on the factor path under `reset` (8 bits or more).",
         one_of=SENT,
     )
     tune: bool = option(

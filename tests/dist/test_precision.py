@@ -42,13 +42,30 @@ def in_precision(precision: str, config: Config) -> Config:
     return replace(config, merge=replace(config.merge, precision=precision))
 
 
-def products(run: Run) -> dict[int, Named]:
-    """What every head of this rank adds to its base, s (B A - B' A'), and its replica parameters; in float64."""
+def as_sent(run: Run) -> Named:
+    """By weight, A of this rank's heads as a merge takes it [H, R, I]."""
+    found, here = {}, [head % run.topology.heads_per_node for head in run.heads.ids]
+    for bucket in run.merger.buckets:
+        packed = run.merger.exchange.pack(bucket.names)
+        if bucket.path == "factor":
+            packed = run.merger.exchange.rounded(packed, bucket.names)
+        factors = run.merger.exchange.within_node(packed, bucket.names)
+        for name, (A, _) in run.merger.products.by_weight(bucket, factors).items():
+            found[name] = A[here].view_as(run.heads.linears[name].A).clone()
+    return found
+
+
+def products(run: Run, A: Named) -> dict[int, Named]:
+    """What every head of this rank adds to its base, s (B A - B' A'), and its replica parameters; in float64.
+
+    A under reset is that given: what a head goes on with is what it had, and it is no loss of the merge's.
+    """
     found: dict[int, Named] = {}
     for index, head in enumerate(run.heads.ids):
         found[head] = {}
         for name, layer in run.heads.linears.items():
-            delta = layer.B[index].detach().double() @ layer.A[index].detach().double()
+            used = A[name] if layer.A_prev is None else layer.A
+            delta = layer.B[index].detach().double() @ used[index].detach().double()
             if layer.A_prev is not None and layer.B_prev is not None:
                 delta -= layer.B_prev[index].double() @ layer.A_prev[index].double()
             found[head][name] = layer.scale * delta.flatten()
@@ -104,19 +121,20 @@ def account(rank: int, config: Config) -> Account:
     run = Run(config)
     merger, replicas = run.merger, run.merger.replicas.outer.masters
     first, first_replicas = masters(run), torch.cat(list(replicas.values()))
-    after = products(run)
-    given = {head: {name: torch.zeros_like(value) for name, value in named.items()} for head, named in after.items()}
+    replicas_after = {head: named["replicas"] for head, named in products(run, as_sent(run)).items()}
+    given: dict[int, Named] = {head: {} for head in run.heads.ids}
     for step in range(1, WINDOWS * config.merge.every + 1):
         learn(run, step)
         if merger.due(step):
-            before = products(run)
+            A = as_sent(run)
+            before = products(run, A)
             merger.merge(step)
-            for head, named in products(run).items():
+            for head, named in products(run, A).items():
                 for name, value in named.items():
                     # Replica parameters are all handed over: the head goes on from what it then gets.
-                    kept = after[head][name] if name == "replicas" else value
-                    given[head][name] += before[head][name] - kept
-                after[head] = named
+                    kept = replicas_after[head] if name == "replicas" else value
+                    given[head][name] = given[head].get(name, 0.0) + before[head][name] - kept
+                replicas_after[head] = named["replicas"]
     with merger.editable() as shards:
         copies = {name: shard.clone() for name, shard in shards.items()}
     last, last_replicas = masters(run), torch.cat(list(replicas.values()))
@@ -213,10 +231,8 @@ def test_factors_arrive_as_near_as_their_bits_allow(
         config = in_precision(precision, configuration(mode, heads, PLACES[0], "factor", 0, "average"))
         for arrived in pool4.run(factors_that_arrive, config, ranks_per_node=2):
             for number, (sent, received) in enumerate(arrived):
-                if mode == "reset" and number % 2 == 0:  # A
-                    assert torch.equal(sent, received)
-                else:
-                    assert 0 < (sent - received).norm() <= error * sent.norm()
+                of_a = mode == "reset" and number % 2 == 0
+                assert 0 < (sent - received).norm() <= (min(error, 0.008) if of_a else error) * sent.norm()
 
 
 @pytest.mark.parametrize("mode", ["reset", "resetless"])
