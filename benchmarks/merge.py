@@ -39,7 +39,7 @@ LTE = {
     "lte_full": ["merge.precision=int8", "merge.fragments=4", "merge.delay=3"],
     "lte_far": ["merge.precision=int4", "merge.fragments=4", "merge.delay=3"],
 }
-EVERY = {"lte_far": 64}  # in place of --every
+EVERY = {"lte_far": 48}  # in place of --every
 GROWTH = {"lte_far": ["merge.growth=0.1"]}  # of the first windows: for --accuracy, as what is measured is past them
 PEERS = ("ddp", "fsdp", "diloco")
 METHODS = (*PEERS, *LTE)
@@ -140,7 +140,7 @@ def duration(arguments: argparse.Namespace) -> str:
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What must be the same for runs to be in one table."""
     shared = {"ranks_per_node": arguments.ranks_per_node, "set": arguments.set, "lte": LTE, "data": arguments.data}
-    shared["merge_every"] = arguments.every
+    shared["merge_every"] = {method: every(method, arguments) for method in METHODS}
     if arguments.accuracy:
         return {**shared, "duration": duration(arguments), "nodes": arguments.nodes[0], "global_batch": GLOBAL_BATCH}
     return {**shared, "windows": arguments.windows, "batch_size_per_rank": arguments.batch_size, "model": MODEL}

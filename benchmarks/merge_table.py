@@ -55,7 +55,7 @@ class Rows:
             spread([images_per_second(run) for run in runs]),
             ratio(speed, self.median(images_per_second, "ddp", *place)),
             ratio(speed, self.median(images_per_second, method, nodes, None)),
-            "-" if runs[0]["merge_seconds"] is None else f"{100 * statistics.median(map(stalled_share, runs)):.0f} %",
+            "-" if runs[0]["merge_seconds"] is None else f"{100 * statistics.median(map(stalled_share, runs)):.2g} %",
         ]
         return f"| {' | '.join(cells)} |"
 
