@@ -144,7 +144,8 @@ def test_room_for_a_delay() -> None:
         ({}, 11),  # 2 * 4 * 2048 / (2 * 4 * 192) = 10.7
         ({"local_every": 2}, 3),  # five merges in a window: 2.1
         ({"local_every": 2, "mode": "resetless"}, 11),  # of which one set of factors is sent
-        ({"precision": "int8"}, 6),  # 2 * (2048 + 64) / (2 * (4 * 64 + 128 + 4)) = 5.4
+        ({"precision": "int8"}, 11),  # 2 * (2048 + 64) / (2 * (64 + 2 + 128 + 4)) = 10.7
+        ({"precision": "int4"}, 9),  # 2 * (1024 + 64) / (2 * (64 + 2 + 64 + 4)) = 8.1
         ({"scope": "global"}, 6),  # a reduce-scatter: half of the first
     ],
 )
