@@ -19,7 +19,7 @@ from lte_scale.contents import Pieces, tensors_of
 from lte_scale.moments import HeldMoments, moment_bytes
 from lte_scale.topology import Topology
 from tests.reference import CLASSES, TINY
-from tests.test_optimizers import gradients
+from tests.test_optimizers import ALL, gradients
 
 HEADS = 3
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_follows_adamw(precision: str) -> None:
     assert (squares / exact).log().std() < {"bf16": 0.05, "log8": 0.25}[precision]
 
 
-def new_run(precision: str) -> tuple[LTE, Pieces]:
+def new_run(precision: str, name: str = "adamw", device: torch.device = CPU) -> tuple[LTE, Pieces]:
     config = Config(
         model=TINY,
         adapters=AdaptersConfig(rank=3, alpha=6),
@@ -132,8 +132,8 @@ def new_run(precision: str) -> tuple[LTE, Pieces]:
         engine=EngineConfig(name="none"),
         train=TrainConfig(precision="fp32"),
     )
-    config = replace(config, optimizer=replace(config.optimizer, moments=precision))
-    lte = assemble(config, CLASSES, Collectives(Topology(nodes=1, ranks_per_node=1, heads_per_node=HEADS)), CPU)
+    config = replace(config, optimizer=replace(config.optimizer, name=name, moments=precision))
+    lte = assemble(config, CLASSES, Collectives(Topology(nodes=1, ranks_per_node=1, heads_per_node=HEADS)), device)
     return lte, Pieces(lte.heads, lte.merger, lte.optimizer, dict.fromkeys(range(HEADS), 0))
 
 
@@ -141,8 +141,8 @@ def train(lte: LTE, steps: range, skipped: int | None = None) -> None:
     for step in steps:
         for key, value in gradients(lte.heads, step).items():
             parameter = lte.optimizer.parameters[key]
-            parameter.grad = value.view_as(parameter)
-        losses = torch.ones(HEADS)
+            parameter.grad = value.view_as(parameter).to(parameter.device)
+        losses = torch.ones(HEADS, device=parameter.device)
         if skipped is not None:
             losses[skipped] = float("nan")
         lte.optimizer.step(losses)
@@ -194,6 +194,18 @@ def test_resumes(tmp_path: Path, first: str, then: str) -> None:
             assert torch.equal(value, wanted), name
         elif name.endswith((".A", ".B")):
             assert (value - wanted).norm() < 0.05 * wanted.norm(), name
+
+
+@pytest.mark.parametrize(("name", "device"), ALL)
+def test_any_optimizer(name: str, device: torch.device) -> None:
+    """Its parameters go where those of torch's on a CPU go; nothing of it is kept in fp32 between steps."""
+    (mine, _), (plain, _) = new_run("log8", name, device), new_run("log8")
+    for lte in (mine, plain):
+        train(lte, range(1, 20))
+    for key, parameter in mine.optimizer.parameters.items():
+        wanted = plain.optimizer.parameters[key]
+        assert (parameter.detach().cpu() - wanted.detach()).norm() < 0.05 * wanted.detach().norm(), key
+    assert not any("exp_avg" in state for state in mine.optimizer.adam.state.values())
 
 
 @FEW_BITS
