@@ -71,19 +71,15 @@ class Row:
         seeds: how many it is to have (1: for a trend, no comparison).
         tuned: at a rate of its own, or at LTE's.
         nodes: of one rank.
-        longer: so many times the images of other rows.
     """
 
     overrides: tuple[str, ...]
     seeds: int = 1
     tuned: bool = True
     nodes: int = 1
-    longer: float = 1.0
 
     def command(self, rate: float, seed: int, duration: str) -> tuple[str, ...]:
-        length, unit = (duration[:-2], "ep") if duration.endswith("ep") else (duration, "")
-        length = f"{float(length) * self.longer:g}{unit}"
-        own = (f"optimizer.lr={rate:g}", f"optimizer.replica_lr={rate:g}", f"train.duration={length}", f"seed={seed}")
+        own = (f"optimizer.lr={rate:g}", f"optimizer.replica_lr={rate:g}", f"train.duration={duration}", f"seed={seed}")
         return (*COMMON, *self.overrides, *own)
 
 
@@ -100,10 +96,10 @@ def _lte(*overrides: str, heads: int = 8, seeds: int = 1, tuned: bool = False) -
     return Row(("method=lte", *_heads(heads), *(overrides or NESTEROV)), seeds=seeds, tuned=tuned)
 
 
-def _on_nodes(*overrides: str, nodes: int = 2, heads: int = 8, tuned: bool = False, longer: float = 1.0) -> Row:
+def _on_nodes(*overrides: str, nodes: int = 2, heads: int = 8, tuned: bool = False) -> Row:
     """LTE's heads on nodes of one rank: in fp32, merged by all at once, the same run as in one process, to rounding."""
     placed = (*_heads(heads), f"topology.heads_per_node={heads // nodes}", "engine=fsdp")
-    return Row(("method=lte", *placed, *NESTEROV, *overrides), seeds=3, tuned=tuned, nodes=nodes, longer=longer)
+    return Row(("method=lte", *placed, *NESTEROV, *overrides), seeds=3, tuned=tuned, nodes=nodes)
 
 
 ROWS: dict[str, Row] = {
