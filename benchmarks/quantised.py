@@ -113,7 +113,7 @@ def accuracy(lte: LTE, images: Tensor, labels: Tensor) -> float:
     return right / len(labels)
 
 
-def held(config: Config, variant: str, **base: Any) -> Config:
+def holding(config: Config, variant: str, **base: Any) -> Config:
     """`config` with the base and the moments held as the variant says."""
     precision, moments = VARIANTS[variant]
     optimizer = replace(config.optimizer, moments=moments)
@@ -122,7 +122,7 @@ def held(config: Config, variant: str, **base: Any) -> Config:
 
 def compare(seed: int, steps: int, batch_size: int, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Any:
     """Top-1 by variant after the same steps on the same batches, and each one's seconds per step."""
-    runs = {variant: adapt(held(replace(SMALL, seed=seed), variant), 10) for variant in VARIANTS}
+    runs = {variant: adapt(holding(replace(SMALL, seed=seed), variant), 10) for variant in VARIANTS}
     spent = dict.fromkeys(runs, 0.0)
     generator = torch.Generator().manual_seed(seed)
     for step in range(1, steps + 1):
@@ -152,7 +152,7 @@ def states() -> dict[str, dict[str, int]]:
     found = {"full-rank AdamW": {"state": 16 * shapes.values}}
     for variant in VARIANTS:
         for offload in ("none", "cpu"):
-            spent = memory(Arrangement(shapes, Topology(), held(LARGE, variant, offload=offload)), activations=0)
+            spent = memory(Arrangement(shapes, Topology(), holding(LARGE, variant, offload=offload)), activations=0)
             key = f"{variant}, master {'in CPU memory' if offload == 'cpu' else 'beside it'}"
             found[key] = {part: getattr(spent, part) for part in STATE}
     return found

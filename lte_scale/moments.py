@@ -51,9 +51,9 @@ class HeldMoments:
     @contextmanager
     def decoded(self) -> Iterator[None]:
         """Within, what is written to the state counts."""
+        counts = [self.heads * -(-p.numel() // self.heads // BLOCK) for p in self.parameters]
         for kind in _KINDS:
             blocks = _decoded(self.held.pop(kind), signed=kind == "exp_avg")
-            counts = [self.heads * -(-p.numel() // self.heads // BLOCK) for p in self.parameters]
             for parameter, part in zip(self.parameters, blocks.split(counts), strict=True):
                 values = part.view(self.heads, -1)[:, : parameter.numel() // self.heads]
                 self.optimizer.state[parameter][kind] = values.contiguous().view(parameter.shape)

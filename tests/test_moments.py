@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +10,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from lte_scale.adam import build_adam
-from lte_scale.assemble import LTE, assemble
 from lte_scale.checkpoint import Checkpoints
-from lte_scale.collectives import Collectives
-from lte_scale.config.schema import AdaptersConfig, CheckpointConfig, Config, EngineConfig, TopologyConfig, TrainConfig
-from lte_scale.contents import Pieces, tensors_of
+from lte_scale.config.schema import CheckpointConfig
 from lte_scale.moments import HeldMoments, moment_bytes
-from lte_scale.topology import Topology
-from tests.reference import CLASSES, TINY
-from tests.test_optimizers import ALL, gradients
+from tests.test_optimizers import ALL, HEADS, everything, new_run, train
 
-HEADS = 3
 CPU = torch.device("cpu")
 FEW_BITS = pytest.mark.parametrize("precision", ["bf16", "log8"])
 # Of the largest of neighbouring values: a unit in the last place of bf16, and 2^(1/8) - 1.
@@ -124,47 +117,18 @@ def test_follows_adamw(precision: str) -> None:
     assert (squares / exact).log().std() < {"bf16": 0.05, "log8": 0.25}[precision]
 
 
-def new_run(precision: str, name: str = "adamw", device: torch.device = CPU) -> tuple[LTE, Pieces]:
-    config = Config(
-        model=TINY,
-        adapters=AdaptersConfig(rank=3, alpha=6),
-        topology=TopologyConfig(heads_per_node=HEADS),
-        engine=EngineConfig(name="none"),
-        train=TrainConfig(precision="fp32"),
-    )
-    config = replace(config, optimizer=replace(config.optimizer, name=name, moments=precision))
-    lte = assemble(config, CLASSES, Collectives(Topology(nodes=1, ranks_per_node=1, heads_per_node=HEADS)), device)
-    return lte, Pieces(lte.heads, lte.merger, lte.optimizer, dict.fromkeys(range(HEADS), 0))
-
-
-def train(lte: LTE, steps: range, skipped: int | None = None) -> None:
-    for step in steps:
-        for key, value in gradients(lte.heads, step).items():
-            parameter = lte.optimizer.parameters[key]
-            parameter.grad = value.view_as(parameter).to(parameter.device)
-        losses = torch.ones(HEADS, device=parameter.device)
-        if skipped is not None:
-            losses[skipped] = float("nan")
-        lte.optimizer.step(losses)
-
-
-def of_heads(pieces: Pieces) -> dict[str, Tensor]:
-    with pieces.opened() as shards:
-        return {k: v.detach().clone() for k, v in tensors_of(pieces, shards).items() if k.startswith("head/")}
-
-
 @FEW_BITS
 def test_a_skipped_head_keeps_its_moments(precision: str) -> None:
-    lte, pieces = new_run(precision)
+    lte, pieces = new_run("adamw", CPU, precision)
     train(lte, range(1, 6))
-    before = of_heads(pieces)
+    before = everything(pieces)
     train(lte, range(6, 8), skipped=1)
-    after = of_heads(pieces)
+    after = everything(pieces)
     for name in (name for name in before if name.endswith(("exp_avg", "exp_avg_sq"))):
         assert torch.equal(before[name], after[name]) == name.startswith("head/1/"), name
     lte.optimizer.start_again(2)
     lte.optimizer.restart("reset_b")
-    cleared = of_heads(pieces)
+    cleared = everything(pieces)
     assert not any(v.any() for k, v in cleared.items() if k.endswith(".B/exp_avg_sq"))
     assert not any(v.any() for k, v in cleared.items() if k.startswith("head/2/") and k.endswith("exp_avg"))
     assert all(torch.equal(v, after[k]) for k, v in cleared.items() if k.endswith(".A/exp_avg_sq"))
@@ -173,23 +137,23 @@ def test_a_skipped_head_keeps_its_moments(precision: str) -> None:
 @pytest.mark.parametrize(("first", "then"), [("log8", "log8"), ("bf16", "bf16"), ("fp32", "log8"), ("log8", "fp32")])
 def test_resumes(tmp_path: Path, first: str, then: str) -> None:
     """Bit for bit with the same setting, and with another one; a save changes nothing."""
-    lte, pieces = new_run(first)
+    lte, pieces = new_run("adamw", CPU, first)
     train(lte, range(1, 20))
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(), lte.merger.collectives)
     (tmp_path / "checkpoints").mkdir()
-    saved = of_heads(pieces)
+    saved = everything(pieces)
     checkpoints.save(pieces, {"step": 19}, "text\n", top1=None, wait=True)
-    other, resumed = new_run(then)
+    other, resumed = new_run("adamw", CPU, then)
     found = checkpoints.find("auto")
     assert found is not None
     checkpoints.load(found, resumed)
     checkpoints.close()
     if first in (then, "log8"):
-        assert all(torch.equal(value, saved[name]) for name, value in of_heads(resumed).items())
+        assert all(torch.equal(value, saved[name]) for name, value in everything(resumed).items())
     train(lte, range(20, 30))
     train(other, range(20, 30))
-    for name, value in of_heads(resumed).items():
-        wanted = of_heads(pieces)[name]
+    for name, value in everything(resumed).items():
+        wanted = everything(pieces)[name]
         if first == then:
             assert torch.equal(value, wanted), name
         elif name.endswith((".A", ".B")):
@@ -199,7 +163,7 @@ def test_resumes(tmp_path: Path, first: str, then: str) -> None:
 @pytest.mark.parametrize(("name", "device"), ALL)
 def test_any_optimizer(name: str, device: torch.device) -> None:
     """Its parameters go where those of torch's on a CPU go; nothing of it is kept in fp32 between steps."""
-    (mine, _), (plain, _) = new_run("log8", name, device), new_run("log8")
+    (mine, _), (plain, _) = new_run(name, device, "log8"), new_run("adamw", CPU, "log8")
     for lte in (mine, plain):
         train(lte, range(1, 20))
     for key, parameter in mine.optimizer.parameters.items():
@@ -211,7 +175,7 @@ def test_any_optimizer(name: str, device: torch.device) -> None:
 @FEW_BITS
 def test_bytes_held(precision: str) -> None:
     """As planned, to what parameters that blocks do not divide are padded by."""
-    lte, _ = new_run(precision)
+    lte, _ = new_run("adamw", CPU, precision)
     assert lte.optimizer.held is not None
     held = sum(t.nbytes for tensors in lte.optimizer.held.held.values() for t in tensors)
     assert not any("exp_avg" in state for state in lte.optimizer.adam.state.values())

@@ -160,29 +160,33 @@ def test_equals_plain_adamw(name: str, device: torch.device, policy: str, count:
             assert optimizer.adam.state[parameter]["step"] == state["step"]
 
 
-def new_run(name: str, device: torch.device) -> tuple[LTE, Pieces]:
+def new_run(name: str, device: torch.device, moments: str = "fp32") -> tuple[LTE, Pieces]:
     config = Config(
         model=TINY,
         adapters=AdaptersConfig(rank=3, alpha=6),
         topology=TopologyConfig(heads_per_node=HEADS),
         engine=EngineConfig(name="none"),
         train=TrainConfig(precision="fp32"),
-        optimizer=replace(SETTINGS, name=name),
+        optimizer=replace(SETTINGS, name=name, moments=moments),
     )
     lte = assemble(config, CLASSES, Collectives(Topology(nodes=1, ranks_per_node=1, heads_per_node=HEADS)), device)
     return lte, Pieces(lte.heads, lte.merger, lte.optimizer, dict.fromkeys(range(HEADS), 0))
 
 
-def train(lte: LTE, steps: range) -> None:
+def train(lte: LTE, steps: range, skipped: int | None = None) -> None:
+    """`skipped`: the head whose loss is not finite in all of them."""
     for step in steps:
         for key, value in gradients(lte.heads, step).items():
             parameter = lte.optimizer.parameters[key]
             parameter.grad = value.view_as(parameter).to(parameter.device)
-        lte.optimizer.step(torch.ones(HEADS, device=parameter.device))
+        losses = torch.ones(HEADS, device=parameter.device)
+        if skipped is not None:
+            losses[skipped] = float("nan")
+        lte.optimizer.step(losses)
 
 
 def everything(pieces: Pieces) -> dict[str, Tensor]:
-    with pieces.merger.editable() as shards:
+    with pieces.opened() as shards:
         return {k: v.detach().cpu().clone() for k, v in tensors_of(pieces, shards).items() if k.startswith("head/")}
 
 
