@@ -42,7 +42,7 @@ def train(data: Path, run_dir: Path, *overrides: str) -> tuple[list[int], float]
         ["merge={every: 4, local_every: 4, path: factor}", "train.duration=20"],
         ["base={scope: global, gather: pass}", "merge={every: 4, local_every: 4}", "train.duration=4"],
         ["base={scope: global, gather: node}", "merge={every: 2, local_every: 2, path: dense}", "train.duration=10"],
-        ["merge={every: 4, local_every: 4, delay: 1, fragments: 2, precision: int8}", "train.duration=60"],
+        ["merge={every: 4, local_every: 4, delay: 1, fragments: 2, precision: int8}", "train.duration=80"],
     ],
     ids=["dense", "factor", "global", "global-merges", "delayed"],
 )
