@@ -15,7 +15,7 @@ def markdown() -> str:
     lines = [
         "# Configuration",
         "",
-        "Generated from `lte_scale/config/schema.py` by `make docs`. A YAML file holds these sections; on the command",
+        "Generated from `lte_scale/config` by `make docs`. A YAML file holds these sections; on the command",
         "line `section.key=value` overrides one. `lte-scale train CONFIG --print-config` prints what a run would use.",
         "",
         "## Run",
