@@ -76,6 +76,8 @@ class Heads:
     def initialise(self, seed: int) -> None:
         """Draw A for every head and set B to zero."""
         for name, layer in self.linears.items():
+            if layer.A.is_meta:  # asked for its shapes alone
+                continue
             rank, into = layer.A.shape[1:]
             for index, head in enumerate(self.ids):
                 drawn = orthogonal_factor(name, rank, into, 0 if self.alike else head, seed=seed)

@@ -10,7 +10,8 @@ import pytest
 
 from tests.harness import DistributedPool
 
-MOST_CASES = 12
+CASES = {"values": (1, 3), "pairs": (2, 12)}
+"""What cases keep of a test: all values each once, or each two together; and of how many cases all are kept."""
 
 
 @pytest.fixture(scope="session")
@@ -22,9 +23,11 @@ def zero4() -> Iterator[DistributedPool]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test with many cases, leave those in which every pair of values occurs; LTE_ALL_CASES=1 runs them all."""
-    if os.environ.get("LTE_ALL_CASES"):
+    """Leave few cases of a test with many: in which all values occur, with LTE_CASES=pairs any two; =all leaves all."""
+    asked = os.environ.get("LTE_CASES", "values")
+    if asked == "all":
         return
+    together, most = CASES[asked]
     tests: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if (
@@ -35,22 +38,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             tests[item.nodeid.partition("[")[0]].append(item)
     dropped: set[pytest.Item] = set()
     for cases in tests.values():
-        if len(cases) > MOST_CASES:
-            dropped |= set(cases) - covering(cases)
+        if len(cases) > most:
+            dropped |= set(cases) - covering(cases, together)
     if dropped:
         config.hook.pytest_deselected(items=list(dropped))
         items[:] = [item for item in items if item not in dropped]
 
 
-def covering(cases: list[pytest.Item]) -> set[pytest.Item]:
-    """Few of the cases, chosen greedily, with every pair of values that any case has."""
-    pairs = {case: set(combinations(enumerate(values(case)), 2)) for case in cases}
-    missing = set().union(*pairs.values())
+def covering(cases: list[pytest.Item], together: int) -> set[pytest.Item]:
+    """Few of the cases, chosen greedily, with all values (pairs, ...) that any case has `together`."""
+    parts = {case: set(combinations(enumerate(values(case)), together)) for case in cases}
+    missing = set().union(*parts.values())
     chosen: set[pytest.Item] = set()
     while missing:
-        best = max(cases, key=lambda case: len(pairs[case] & missing))
+        best = max(cases, key=lambda case: len(parts[case] & missing))
         chosen.add(best)
-        missing -= pairs[best]
+        missing -= parts[best]
     return chosen
 
 

@@ -128,12 +128,17 @@ def assert_resumed_is_uninterrupted(
         assert differing == [], f"rank {rank}"
 
 
+def masters_of(run: Run) -> dict[str, tuple[int, Tensor]]:
+    """Where this rank's part of every master begins, and the part."""
+    with run.merger.editable():
+        return {n: (own.own[0], run.merger.outer.masters[n].clone()) for n, own in run.merger.ownership.items()}
+
+
 def masters_after_load(
     rank: int, config: Config, directory: str
 ) -> tuple[dict[str, tuple[int, Tensor]], dict[str, Tensor], bool]:
     run, _, _ = loaded(config, directory)
-    with run.merger.editable():
-        parts = {n: (own.own[0], run.merger.outer.masters[n].clone()) for n, own in run.merger.ownership.items()}
+    parts = masters_of(run)
     run.step(1)
     heads = {f"{h}/{n}": layer.A[i].detach().clone() for n, layer in run.heads.linears.items()
              for i, h in enumerate(run.heads.ids)}  # fmt: skip

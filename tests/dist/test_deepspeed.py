@@ -18,7 +18,7 @@ from tests.dist.test_checkpoint import (
     joined,
     load,
     loaded,
-    masters_after_load,
+    masters_of,
     save,
     with_average,
 )
@@ -74,7 +74,11 @@ def test_one_process() -> None:
 
 
 @pytest.mark.parametrize(
-    "switches", [{"checkpoint_activations": True}, {"compile": True}], ids=["checkpointing", "compile"]
+    "switches",
+    [
+        pytest.param({"checkpoint_activations": True}, id="checkpointing"),
+        pytest.param({"compile": True}, id="compile", marks=pytest.mark.slow),
+    ],
 )
 def test_switches_change_no_result(zero4: DistributedPool, switches: dict[str, Any]) -> None:
     config = with_deepspeed(configuration("reset", 2, PLACES[0], "dense", 0, "average"))
@@ -121,9 +125,12 @@ def test_resumed_is_uninterrupted_bit_for_bit(
         assert [name for name in whole if not torch.equal(whole[name], tensors[name])] == []
 
 
-def heads_after_load(rank: int, config: Config, directory: str) -> dict[str, torch.Tensor]:
-    """What is not cut into parts, right after loading."""
-    return {k: v for k, v in everything(loaded(config, directory)[0]).items() if not k.startswith(CUT)}
+def after_load(
+    rank: int, config: Config, directory: str
+) -> tuple[dict[str, tuple[int, torch.Tensor]], dict[str, torch.Tensor], bool]:
+    """Right after loading: this rank's parts of the masters, and what is not cut into parts."""
+    run, _, _ = loaded(config, directory)
+    return masters_of(run), {k: v for k, v in everything(run).items() if not k.startswith(CUT)}, True
 
 
 @pytest.mark.parametrize("writer", ["fsdp", "deepspeed"])
@@ -136,11 +143,11 @@ def test_either_engine_resumes_the_other(
     fsdp = with_average(configuration(mode, 2, place, "factor", local, "nesterov", every=4))
     first, second = (fsdp, with_deepspeed(fsdp)) if writer == "fsdp" else (with_deepspeed(fsdp), fsdp)
     ended = zero4.run(save, first, str(tmp_path), False)
-    before, after = (zero4.run(masters_after_load, config, str(tmp_path)) for config in (first, second))
+    before, after = (zero4.run(after_load, config, str(tmp_path)) for config in (first, second))
     assert joined(before).keys() == joined(after).keys()
     for name, values in joined(before).items():
         assert torch.equal(values, joined(after)[name]), name
-    for one, other in zip(*(zero4.run(heads_after_load, c, str(tmp_path)) for c in (first, second)), strict=True):
+    for (_, one, _), (_, other, _) in zip(before, after, strict=True):
         assert one.keys() == other.keys()
         assert [name for name in one if not torch.equal(one[name], other[name])] == []
     for whole, (tensors, _, _) in zip(ended, zero4.run(load, second, str(tmp_path)), strict=True):

@@ -68,6 +68,15 @@ def reference(mode: str, nodes: int, heads_per_node: int, local_every: int, oute
     return run
 
 
+def joined(outcomes: list[Outcome], name: str, size: int) -> Tensor:
+    """A master [size] of the parts of all ranks."""
+    whole = torch.full((size,), float("nan"))
+    for outcome in outcomes:
+        start, stop, values = outcome.parts[name]
+        whole[start:stop] = values
+    return whole
+
+
 def assert_equal(outcomes: list[Outcome], expected: Reference) -> None:
     def close(actual: Tensor, wanted: Tensor, name: str) -> None:
         scale = wanted.abs().max().item()
@@ -75,11 +84,7 @@ def assert_equal(outcomes: list[Outcome], expected: Reference) -> None:
         assert (actual - wanted).norm() <= 1e-5 * wanted.norm() + 1e-12, name
 
     for name, weight in expected.masters.items():
-        whole = torch.full((weight.numel(),), float("nan"))
-        for outcome in outcomes:
-            start, stop, values = outcome.parts[name]
-            whole[start:stop] = values
-        close(whole, weight.flatten(), name)
+        close(joined(outcomes, name, weight.numel()), weight.flatten(), name)
     for name, value in expected.replica_masters.items():
         for outcome in outcomes:
             close(outcome.replicas[name], value.flatten(), name)

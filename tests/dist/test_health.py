@@ -88,6 +88,9 @@ class Stub:
     def __init__(self, ids: range, linears: dict[str, LTELinear]) -> None:
         self.ids, self.linears = ids, linears
 
+    def parameters(self) -> dict[str, Tensor]:
+        return {name: layer.A for name, layer in self.linears.items()}
+
 
 def measured(rank: int, heads_per_node: int, mode: Any) -> Health:
     from lte_scale.adapters import Layout
