@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv demo test test-slow test-deepspeed test-faults test-slurm test-docker test-observability bench-engines bench-metrics bench-merge bench-quality bench-speed bench-loader soak lint format docs dashboards clean
+.PHONY: help venv demo test test-pairs test-slow test-deepspeed test-faults test-slurm test-docker test-observability bench-engines bench-metrics bench-merge bench-quality bench-speed bench-loader soak lint format docs dashboards clean
 
 help:
 	@echo "make demo       train LTE on real images on this machine, to a picture"
 	@echo "make test       run the tests"
+	@echo "make test-pairs  tests on process groups with any two of their options together, not each once"
 	@echo "make test-slow  emulated networks with throttled links (root), long runs"
 	@echo "make test-deepspeed  DeepSpeed's launcher over ssh between emulated nodes, its compiled optimizers (root)"
 	@echo "make test-faults  runs killed at random moments (KILLS=3 of each shape, SEED=0), cut networks, slow nodes, fuzzing"
@@ -38,6 +39,9 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m pytest -m "not slow and not deepspeed and not slurm and not observability and not faults"
+
+test-pairs: venv
+	LTE_CASES=pairs $(BIN)/python -m pytest tests/dist -m "not deepspeed" --timeout 600
 
 test-slow: venv
 	$(BIN)/python -m pytest -m "slow and not deepspeed and not slurm and not faults" --timeout 900

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from lte_scale.assemble import adapt
 from lte_scale.config import load_config
 
-STEPS, BATCH = 300, 32
+STEPS, BATCH = 200, 32
 
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1

@@ -96,6 +96,7 @@ def test_two_nodes_whose_ranks_share_a_head_pass(digits: Path, tmp_path: Path) -
     assert lines[6].startswith("preflight: passed in ")
 
 
+@pytest.mark.slow
 def test_a_node_whose_ranks_have_several_heads_passes(digits: Path, tmp_path: Path) -> None:
     lines = Job(digits, tmp_path / "run", "topology.heads_per_node=4", nodes=1).end(0)
     assert [line.split(":")[0] for line in lines[-2:]] == ["all-reduce inside the nodes", "preflight"]
@@ -152,6 +153,7 @@ def test_a_signal_ends_a_node_and_its_ranks(digits: Path, tmp_path: Path) -> Non
     assert gone(list(ranks.values()))
 
 
+@pytest.mark.slow
 def test_a_refused_configuration_is_one_line_of_all_nodes(digits: Path, tmp_path: Path) -> None:
     lines = Job(digits, tmp_path / "run", "topology.heads_per_node=3").end(2)
     assert len(lines) == 1

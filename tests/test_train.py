@@ -191,7 +191,7 @@ def test_one_process_to_a_model_that_timm_loads(
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("engine", ["none", "fsdp"])
+@pytest.mark.parametrize("engine", [pytest.param("none", marks=pytest.mark.slow), "fsdp"])
 @pytest.mark.parametrize("option", ["train.compile=true", "train.checkpoint_activations=true"])
 def test_switches_do_not_change_what_is_learned(digits: Path, tmp_path: Path, option: str, engine: str) -> None:
     losses = []
