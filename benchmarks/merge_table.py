@@ -11,7 +11,18 @@ Run = dict[str, Any]
 """One run: `method`, `nodes`, `link_mbit` (None: no limit), `images_per_step`, and the figures it told."""
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "merge.md"
-HEADINGS = ("nodes", "link", "method", "KB per image", "of DDP's", "images/s", "of DDP's", "of no limit", "in merges")
+HEADINGS = (
+    "nodes",
+    "link",
+    "method",
+    "KB per image",
+    "of DDP's",
+    "images/s",
+    "of DDP's",
+    "of no limit",
+    "in merges",
+    "waiting",
+)
 
 
 def bytes_per_image(run: Run) -> float:
@@ -24,9 +35,10 @@ def images_per_second(run: Run) -> float:
     return float(run["steps"] * run["images_per_step"] / run["seconds"])
 
 
-def stalled_share(run: Run) -> float:
-    """Seconds held up in merges over seconds in all."""
-    return float(run["merge_seconds"] / run["seconds"])
+def share(runs: Sequence[Run], seconds: str) -> str:
+    """So many seconds of a run over all of it, the median; a dash where no run tells them."""
+    found = [run[seconds] / run["seconds"] for run in runs if run.get(seconds) is not None]
+    return f"{100 * statistics.median(found):.2g} %" if found else "-"
 
 
 class Rows:
@@ -55,7 +67,8 @@ class Rows:
             spread([images_per_second(run) for run in runs]),
             ratio(speed, self.median(images_per_second, "ddp", *place)),
             ratio(speed, self.median(images_per_second, method, nodes, None)),
-            "-" if runs[0]["merge_seconds"] is None else f"{100 * statistics.median(map(stalled_share, runs)):.2g} %",
+            share(runs, "merge_seconds"),
+            share(runs, "wait_seconds"),
         ]
         return f"| {' | '.join(cells)} |"
 

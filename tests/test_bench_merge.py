@@ -35,12 +35,14 @@ def test_table() -> None:
         a_run("ddp", None, 10),
         a_run("diloco", 100.0, 20, 5),
         a_run("diloco", 100.0, 16, 8),
+        {**a_run("lte_far", None, 8, 2), "wait_seconds": 0.4},
     ]
     lines = speed_table(runs).splitlines()
-    assert lines[2] == "| 2 | 100 Mbit/s | `ddp` | 25 | 1 | 4 | 1 | 0.25 | - |"
-    assert lines[3] == "| 2 | 100 Mbit/s | `diloco` | 25 | 1 | 9 (8 - 10) | 2.2 | - | 38 % |"
-    assert lines[4] == "| 2 | no limit | `ddp` | 25 | 1 | 16 | 1 | 1 | - |"
-    assert len(lines) == 5
+    assert lines[2] == "| 2 | 100 Mbit/s | `ddp` | 25 | 1 | 4 | 1 | 0.25 | - | - |"
+    assert lines[3] == "| 2 | 100 Mbit/s | `diloco` | 25 | 1 | 9 (8 - 10) | 2.2 | - | 38 % | - |"
+    assert lines[4] == "| 2 | no limit | `ddp` | 25 | 1 | 16 | 1 | 1 | - | - |"
+    assert lines[5] == "| 2 | no limit | `lte_far` | 25 | 1 | 20 | 1.2 | 1 | 25 % | 5 % |"
+    assert len(lines) == 6
 
 
 def test_spread_shows_only_what_differs_in_print() -> None:
@@ -82,6 +84,7 @@ def test_lte_sends_less_than_ddp_and_ddp_what_arithmetic_says(tmp_path: Path) ->
     ddp, lte = json.loads((tmp_path / "merge.json").read_text())["runs"]
     assert (ddp["method"], lte["method"]) == ("ddp", "lte_full")
     assert ddp["steps"] == lte["steps"] == 16
+    assert 0 < lte["wait_seconds"] < lte["merge_seconds"]
     for by_ddp, by_lte in zip(ddp["bytes_by_node"], lte["bytes_by_node"], strict=True):
         # 2 (K - 1) / K of 2 bytes for each parameter and step; headers and acknowledgements come on top.
         assert 1 < by_ddp / (ddp["steps"] * 2 * ddp["parameters"]) < 1.05
