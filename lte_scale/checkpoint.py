@@ -290,7 +290,7 @@ class Checkpoints:
                 kinds = sorted({name.partition("/")[0] for name in missing})
                 self._say(f"{path} holds no {', '.join(kinds)}: they start anew")
             staged = {name: copied(value) for name, value in chosen.items() if name not in missing}
-            read_tensors(staged, path, group=self.group, alone=self.group is None)
+            read_tensors(staged, path, metadata, group=self.group, alone=self.group is None)
             averages = [name for name in missing if name.startswith(("average/", "replica_average/"))]
             staged |= {name: staged[name.replace("average/", "master/", 1)] for name in averages}
             late = {n for n in staged if n.startswith(("node/", "product/", "copy/"))}

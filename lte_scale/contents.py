@@ -155,7 +155,8 @@ def load_history(
 ) -> None:
     """The factors of earlier local merges of the window, where they mean the same. Collective."""
     prefix = f"history/{pieces.merger.topology.rank}/"
-    names = sorted(n for n in metadata.state_dict_metadata if n.startswith(prefix)) if same_place else []
+    of_all = [n for n in metadata.state_dict_metadata if n.startswith("history/")] if same_place else []
+    names = sorted(n for n in of_all if n.startswith(prefix))
     found: Tensors = {}
     bytes_there = sum(file.stat().st_size for file in path.glob("*.distcp"))
     for name in names:
@@ -164,7 +165,8 @@ def load_history(
         if stored.size.numel() > bytes_there:  # before a size that somebody wrote there takes the memory
             raise ValueError(f"{path}: is damaged ({name} has more values than there are); name another checkpoint")
         found[name] = torch.empty(stored.size)
-    read_tensors(found, path, group=group, alone=group is None)
+    if of_all:
+        read_tensors(found, path, metadata, group=group, alone=group is None)
     device = next(iter(pieces.heads.parameters().values())).device
     for number, bucket in enumerate(pieces.merger.buckets):
         mine = sorted(n for n in found if n.startswith(f"{prefix}{number:04d}/"))

@@ -40,7 +40,8 @@ def load_merged(checkpoint: Path, *, average: bool = False) -> tuple[Config, int
     if damage := checksums.damage(checkpoint):
         raise ValueError(f"{checkpoint}: is damaged: {damage}; name another checkpoint")
     config = load_config(checkpoint / "config.yaml")
-    stored = read_metadata(checkpoint).state_dict_metadata
+    metadata = read_metadata(checkpoint)
+    stored = metadata.state_dict_metadata
     base, replica = ("average", "replica_average") if average else ("master", "replica_master")
     if not any(name.startswith(f"{replica}/") for name in stored):
         raise ValueError(f"{checkpoint}: holds no moving average; train with train.ema_decay above 0")
@@ -57,7 +58,7 @@ def load_merged(checkpoint: Path, *, average: bool = False) -> tuple[Config, int
         entry = stored.get(name)
         if not isinstance(entry, TensorStorageMetadata) or entry.size != tensor.shape:
             raise ValueError(f"{checkpoint}: {name} is not that of the model in its config.yaml, which was changed")
-    read_tensors(tensors, checkpoint, alone=True)
+    read_tensors(tensors, checkpoint, metadata, alone=True)
     state |= {f"{name}.weight": tensors[f"{base}/{name}"].view(shape) for name, shape in heads.weight_shapes.items()}
     state |= {name: tensors[f"{replica}/{name}"].view(shape) for name, shape in heads.replica_shapes.items()}
     return config, classes, state

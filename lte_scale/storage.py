@@ -66,18 +66,16 @@ def _member(kind: Any, name: str) -> Any:
 
 
 class _Reader(FileSystemReader):
+    """With the table at hand: of a large run it takes long to read."""
+
+    def __init__(self, path: Path, metadata: Metadata) -> None:
+        super().__init__(path)
+        self.metadata = metadata
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        try:
-            with path.open("rb") as file:
-                metadata = _Unpickler(file).load()
-        except Exception as error:  # a damaged pickle raises anything
-            raise ValueError(f"{path}: cannot be read ({error})".splitlines()[0]) from error
-        if not isinstance(metadata, Metadata) or not _is_table(metadata):
-            raise ValueError(f"{path}: cannot be read (it is no table of tensors)")
-        assert metadata.storage_meta is not None
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        assert self.metadata.storage_meta is not None
+        self.metadata.storage_meta.load_id = self.load_id
+        return self.metadata
 
 
 def _is_table(metadata: Metadata) -> bool:
@@ -99,19 +97,32 @@ def _is_table(metadata: Metadata) -> bool:
         return False
 
 
-def read_metadata(path: Path) -> Metadata:
+def read_metadata(checkpoint: Path) -> Metadata:
     """Which tensors a checkpoint holds, and where.
 
     Raises:
         ValueError: naming the file, if it is damaged or is no such table.
     """
-    return _Reader(path).read_metadata()
+    path = checkpoint / ".metadata"
+    try:
+        with path.open("rb") as file:
+            metadata = _Unpickler(file).load()
+    except Exception as error:  # a damaged pickle raises anything
+        raise ValueError(f"{path}: cannot be read ({error})".splitlines()[0]) from error
+    if not isinstance(metadata, Metadata) or not _is_table(metadata):
+        raise ValueError(f"{path}: cannot be read (it is no table of tensors)")
+    return metadata
 
 
 def read_tensors(
-    into: Mapping[str, Tensor], path: Path, *, group: dist.ProcessGroup | None = None, alone: bool = False
+    into: Mapping[str, Tensor],
+    path: Path,
+    metadata: Metadata,
+    *,
+    group: dist.ProcessGroup | None = None,
+    alone: bool = False,
 ) -> None:
-    """Fill tensors from a checkpoint, by key. Collective in `group` unless `alone`.
+    """Fill tensors from a checkpoint of which `metadata` was read, by key. Collective in `group` unless `alone`.
 
     Raises:
         ValueError: naming the checkpoint, if a file of it is damaged or missing.
@@ -119,7 +130,7 @@ def read_tensors(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp_load(dict(into), storage_reader=_Reader(path), process_group=group, no_dist=alone)
+            dcp_load(dict(into), storage_reader=_Reader(path, metadata), process_group=group, no_dist=alone)
     except BaseException as error:  # DCP's CheckpointException is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
