@@ -63,6 +63,7 @@ VARIANTS = {
     "base nf4": ("nf4", "fp32"),
     "moments bf16": ("auto", "bf16"),
     "moments log8": ("auto", "log8"),
+    "base int8, moments log8": ("int8", "log8"),
     "base nf4, moments log8": ("nf4", "log8"),
 }
 HEADS, EVERY = 4, 10
