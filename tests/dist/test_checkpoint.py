@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,9 +147,10 @@ def masters_after_load(
     return parts, heads, zero
 
 
-def joined(outcomes: list[tuple[dict[str, tuple[int, Tensor]], dict[str, Tensor], bool]]) -> dict[str, Tensor]:
+def joined(outcomes: list[tuple[Any, ...]]) -> dict[str, Tensor]:
+    """The masters, where every rank's outcome begins with its `masters_of`."""
     whole: dict[str, dict[int, Tensor]] = {}
-    for parts, _, _ in outcomes:
+    for parts, *_ in outcomes:
         for name, (start, values) in parts.items():
             whole.setdefault(name, {})[start] = values
     return {name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in whole.items()}

@@ -127,10 +127,10 @@ def test_resumed_is_uninterrupted_bit_for_bit(
 
 def after_load(
     rank: int, config: Config, directory: str
-) -> tuple[dict[str, tuple[int, torch.Tensor]], dict[str, torch.Tensor], bool]:
+) -> tuple[dict[str, tuple[int, torch.Tensor]], dict[str, torch.Tensor]]:
     """Right after loading: this rank's parts of the masters, and what is not cut into parts."""
     run, _, _ = loaded(config, directory)
-    return masters_of(run), {k: v for k, v in everything(run).items() if not k.startswith(CUT)}, True
+    return masters_of(run), {k: v for k, v in everything(run).items() if not k.startswith(CUT)}
 
 
 @pytest.mark.parametrize("writer", ["fsdp", "deepspeed"])
@@ -147,7 +147,7 @@ def test_either_engine_resumes_the_other(
     theirs, ours = joined(before), joined(after)
     assert theirs.keys() == ours.keys()
     assert [name for name in theirs if not torch.equal(theirs[name], ours[name])] == []
-    for (_, one, _), (_, other, _) in zip(before, after, strict=True):
+    for (_, one), (_, other) in zip(before, after, strict=True):
         assert one.keys() == other.keys()
         assert [name for name in one if not torch.equal(one[name], other[name])] == []
     for whole, (tensors, _, _) in zip(ended, zero4.run(load, second, str(tmp_path)), strict=True):
