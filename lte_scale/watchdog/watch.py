@@ -54,7 +54,7 @@ class Watchdog:
         """How long before the end of its time a silent rank asks the others."""
         self._host = socket.gethostname()
         self._last: tuple[int, str, float] = (0, "before the first step", _FIRST_PATIENCE)
-        self._silence = 0.0
+        self._counted = (self._last, 0.0)
         self._closed, self._ending = threading.Event(), threading.Lock()
         self._round, self._opened, self._heard = 0, -math.inf, time.monotonic()
         self._warned: object = None
@@ -83,26 +83,37 @@ class Watchdog:
     # ------------------------------------------------------------------------------------------------ silence
 
     @property
+    def _silence(self) -> float:
+        """Seconds since the last beat; none is counted yet of one that came since the last tick."""
+        last, silence = self._counted
+        return silence if last is self._last else 0.0
+
+    @property
     def _allowed(self) -> float:
         return self.seconds * self._last[2]
 
     @property
+    def _remaining(self) -> float:
+        """Seconds that the silence may still last; negative: it has lasted longer than it may."""
+        last, silence = self._counted  # one beat's patience and its own silence, whenever the next one comes
+        return self.seconds * last[2] - (silence if last is self._last else 0.0)
+
+    @property
     def _suspicious(self) -> bool:
-        return self._silence > self._allowed - self.grace
+        return self._remaining < self.grace
 
     def _watch(self) -> None:
         """Count silence in ticks, not by the clock: time in which the whole job was suspended is none."""
-        seen, before = self._last, time.monotonic()
+        before = time.monotonic()
         while not self._closed.wait(self.tick):
             now = time.monotonic()
-            if self._last is not seen:
-                seen, self._silence = self._last, 0.0
-            else:
-                self._silence += min(now - before, 2 * self.tick)
+            last, silence = self._counted
+            going_on = last is self._last
+            self._counted = (last, silence + min(now - before, 2 * self.tick)) if going_on else (self._last, 0.0)
             if now - before > self.grace / 2:  # suspended: what others have answered, or have not, is of before
                 self._heard, self._opened = self._heard + now - before, -math.inf
             before = now
-            if self._silence < self._allowed:
+            if self._remaining > 0:
                 continue
             if self.topology.world_size == 1:
                 reports = {0: self._report()}
@@ -120,7 +131,7 @@ class Watchdog:
             host=self._host,
             step=step,
             doing=doing,
-            silent=self._silence > self._allowed - min(self.grace, self._allowed / 10),
+            silent=self._remaining < min(self.grace, self._allowed / 10),
             where=where(),
             in_torch=in_torch(),
             asynchronous=torch.cuda.is_initialized(),
@@ -169,7 +180,7 @@ class Watchdog:
         elif self._suspicious:
             self._store.compare_set(_ROUND, str(self._round), str(self._round + 1))
             return
-        if self._silence >= self._allowed and time.monotonic() - self._opened >= 0.9 * self.grace:
+        if self._remaining <= 0 and time.monotonic() - self._opened >= 0.9 * self.grace:
             self._conclude()
 
     def _conclude(self) -> None:
@@ -191,7 +202,7 @@ class Watchdog:
             }
             winner = self._store.compare_set(_VERDICT, _NONE, json.dumps(mine))
             self._end_together(json.loads(winner), log_it=json.loads(winner) == mine)
-        elif self._warned is not self._last and self._silence > self._allowed + self.grace:
+        elif self._warned is not self._last and self._remaining < -self.grace:
             self._warned = self._last
             log.warning("no progress for %.0f s after step %d: %s", self._silence, self._last[0], said)
 

@@ -49,8 +49,8 @@ def quick(rank: int, step: int) -> None:
 
 
 def slow_node(rank: int, step: int) -> None:
-    """Node 1 works twice as long at a window as node 0 may wait for a step."""
-    time.sleep(0.7 * SECONDS if rank > 1 else 0)
+    """Node 1 works four times as long at a window as node 0 may wait for a step: two rounds of questions and more."""
+    time.sleep((2.5 if step == 1 else 0.7) * SECONDS if rank > 1 else 0)
 
 
 Plan = Callable[[int, int], None]
