@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 
 from lte_scale.cli import main
 from tests.harness import DistributedPool
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job, and so would all be that tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
