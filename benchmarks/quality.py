@@ -3,6 +3,7 @@
 
     benchmarks/quality.py --hours 1                      what is missing of all rows, for at most about an hour
     benchmarks/quality.py --duration 5ep ROW [ROW ...]   of these rows, with longer runs
+    benchmarks/quality.py --precision fp32               as on a CPU without instructions for bf16
 
 Real images (Fashion-MNIST), a vision transformer of half a million parameters, one process, or two emulated nodes where
 it is about what crosses between them. A row's learning rate is tuned on seed 0, the same way for all: doubled or halved
@@ -30,6 +31,8 @@ from typing import Any
 import torch
 from figures import hardware
 from quality_page import write_page
+
+from lte_scale.precision import fast_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
@@ -78,9 +81,9 @@ class Row:
     tuned: bool = True
     nodes: int = 1
 
-    def command(self, rate: float, seed: int, duration: str) -> tuple[str, ...]:
+    def command(self, rate: float, seed: int, duration: str, precision: str) -> tuple[str, ...]:
         own = (f"optimizer.lr={rate:g}", f"optimizer.replica_lr={rate:g}", f"train.duration={duration}", f"seed={seed}")
-        return (*COMMON, *self.overrides, *own)
+        return (*COMMON, f"train.precision={precision}", *self.overrides, *own)
 
 
 def _heads(count: int) -> tuple[str, ...]:
@@ -124,8 +127,8 @@ ROWS: dict[str, Row] = {
 class Bench:
     """The runs there are, and the next one to make."""
 
-    def __init__(self, data: Path, duration: str) -> None:
-        self.data, self.duration = data, duration
+    def __init__(self, data: Path, duration: str, precision: str) -> None:
+        self.data, self.duration, self.precision = data, duration, precision
 
     @property
     def runs(self) -> list[Run]:
@@ -135,7 +138,7 @@ class Bench:
 
     def top1(self, name: str, rate: float, seed: int = 0) -> float | None:
         """The final accuracy of a run, if it has been made."""
-        wanted = list(ROWS[name].command(rate, seed, self.duration))
+        wanted = list(ROWS[name].command(rate, seed, self.duration, self.precision))
         return next((run["curve"][-1]["top1"] for run in self.runs if run["overrides"] == wanted), None)
 
     def missing(self, name: str) -> tuple[float, int] | None:
@@ -168,7 +171,7 @@ class Bench:
         return None if not tried or (missing and missing[1] == 0) else max(tried, key=tried.__getitem__)
 
     def make(self, name: str, rate: float, seed: int) -> None:
-        overrides = ROWS[name].command(rate, seed, self.duration)
+        overrides = ROWS[name].command(rate, seed, self.duration, self.precision)
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as directory:
             nodes = ROWS[name].nodes
@@ -188,6 +191,7 @@ class Bench:
             "rate": rate,
             "seed": seed,
             "duration": self.duration,
+            "precision": self.precision,
             "overrides": overrides,
             "curve": curve,
             "seconds": round(time.monotonic() - began, 1),
@@ -213,13 +217,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; all if there is none")
     parser.add_argument("--duration", default="450", help="of every run, as train.duration")
+    own = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default=own, help=f"of products; here {own}")
     parser.add_argument("--hours", type=float, default=24.0, help="start no run after so long")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "fashion")
     arguments = parser.parse_args()
     if unknown := [row for row in arguments.rows if row not in ROWS]:
         parser.error(f"no row {unknown[0]!r}; there are {', '.join(ROWS)}")
     ends = time.monotonic() + 3600 * arguments.hours
-    bench = Bench(shards(arguments.data), arguments.duration)
+    bench = Bench(shards(arguments.data), arguments.duration, arguments.precision)
     for name in arguments.rows or ROWS:
         while (missing := bench.missing(name)) and time.monotonic() < ends:
             bench.make(name, *missing)

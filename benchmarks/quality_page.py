@@ -68,7 +68,6 @@ def table(found: dict[str, Series | None]) -> str:
     ]
     for row, series in found.items():
         if series is None:
-            lines.append(f"| {row} | | 0 | not measured | | |")
             continue
         finals, ratio = series.finals, "unknown"
         if full is not None:
@@ -101,20 +100,21 @@ def draw(path: Path, found: dict[str, Series | None]) -> None:
 
 
 def write_page(page: Path, runs: Sequence[Run], rows: Sequence[str]) -> None:
-    """The table of every duration that was run, the picture of the one with most runs."""
+    """A table of every duration and precision that was run, the picture of those with most runs."""
     if not runs:
         return
-    durations = sorted({run["duration"] for run in runs}, key=lambda d: -sum(run["duration"] == d for run in runs))
+    groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run["duration"], run["precision"]].append(run)
     parts = []
-    for number, duration in enumerate(durations):
-        of_duration = [run for run in runs if run["duration"] == duration]
-        found = {row: series_of(of_duration, row) for row in rows}
+    for number, ((duration, precision), alike) in enumerate(sorted(groups.items(), key=lambda group: -len(group[1]))):
+        found = {row: series_of(alike, row) for row in rows}
         if number == 0:
             draw(page.with_suffix(".svg"), found)
-        last = of_duration[-1]
-        images = max(point["images"] for run in of_duration for point in run["curve"])
+        last = alike[-1]
+        images = max(point["images"] for run in alike for point in run["curve"])
         parts.append(
-            f"`train.duration={duration}`, {images:,} images. {last['hardware']}, {last['threads']} thread(s), "
-            f"torch {last['torch']}, {last['date']}, {len(of_duration)} runs.\n\n{table(found)}"
+            f"`train.duration={duration}`, {images:,} images, {precision}. {last['hardware']}, {last['threads']} "
+            f"thread(s), torch {last['torch']}, {last['date']}, {len(alike)} runs.\n\n{table(found)}"
         )
     write_between_marks(page, "quality", "\n\n".join(parts))
