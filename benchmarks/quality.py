@@ -90,8 +90,8 @@ def _heads(count: int) -> tuple[str, ...]:
     return (f"topology.heads_per_node={count}", f"train.batch_size={IMAGES_PER_STEP // count}")
 
 
-def _one(method: str) -> Row:
-    return Row((f"method={method}", *_heads(1)), seeds=3)
+def _one(method: str, seeds: int = 3) -> Row:
+    return Row((f"method={method}", *_heads(1)), seeds=seeds)
 
 
 def _lte(*overrides: str, heads: int = 8, seeds: int = 1, tuned: bool = False) -> Row:
@@ -106,13 +106,14 @@ def _on_nodes(*overrides: str, nodes: int = 2, heads: int = 8, tuned: bool = Fal
 
 
 ROWS: dict[str, Row] = {
-    "full": _one("full"),
-    "lte": _lte(seeds=3, tuned=True),
+    "full": _one("full", seeds=8),
+    "lte": _lte(seeds=8, tuned=True),
     "lte, plain averaging": _lte("merge.outer=average", seeds=3),
     "diloco": Row(("method=diloco", *_heads(8), "merge.outer_lr=0.7", "merge.outer_momentum=0.9"), seeds=3),
     "relora": _one("relora"),
     "lora": _one("lora"),
     **{f"lte T={T}": _lte(*NESTEROV, f"merge.every={T}", tuned=T == 50) for T in (1, 20, 50)},
+    "lte, growing windows": _lte(*NESTEROV, "merge.growth=0.1", seeds=8),
     "lte T=50, growing windows": _lte(*NESTEROV, "merge.every=50", "merge.growth=0.1", seeds=3),
     **{f"lte rank={r}": _lte(*NESTEROV, f"adapters.rank={r}") for r in (4, 64)},
     **{f"lte heads={h}": _lte(heads=h, tuned=h == 32) for h in (1, 4, 32)},
