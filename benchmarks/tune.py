@@ -4,8 +4,9 @@
     sudo benchmarks/tune.py                          two nodes, 20 to 200 Mbit/s: ten minutes, best on a quiet machine
     sudo benchmarks/tune.py --links 50 --rounds 1    a part of it
 
-Every node is a network namespace of one rank. A run that is tuned takes turns with one that is not. Waiting is
-`merge_seconds` of metrics.jsonl over the rest of the time, both of whole windows after the first. Writes
+Every node is a network namespace of one rank. A run that is tuned takes turns with one that is not. Waiting is the
+time in collectives between nodes that training stands still for, over the rest of the time, of whole windows after the
+first; the arithmetic of merges is not in it, as no link makes it longer. Writes
 benchmarks/results/tune.json and the table of docs/merge.md.
 """
 
@@ -23,10 +24,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from figures import hardware, write_between_marks
-from merge_jobs import ROOT, emulated, shards
+from figures import hardware, told, write_between_marks
+from merge_jobs import ROOT, emulated, script, shards
 
 EVERY, WINDOWS = 20, 5
+FIRST = EVERY * 3 // 2  # whatever was begun in the first window is through
 MODEL = ["model={name: vit_tiny_patch16_224, image_size: 8, channels: 1}", "adapters.rank=16", "train.batch_size=16"]
 MODEL += ["model.arguments={patch_size: 4, embed_dim: 384, depth: 4, num_heads: 4}", "merge.path=dense"]
 Run = dict[str, Any]
@@ -40,14 +42,15 @@ def measure(link: float, tune: bool, data: Path) -> Run:
         overrides += [f"metrics.every={EVERY}", f"merge.every={EVERY}", f"merge.tune={str(tune).lower()}"]
         overrides += ["checkpoint.every=0", f"train.duration={EVERY * (WINDOWS + 2)}", f"run_dir={run_dir}"]
         (Path(name) / "tune.yaml").write_text("{}\n")
-        emulated(2, 1, link, ["train", str(Path(name) / "tune.yaml"), *overrides])
-        records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        marks = [script("merge_lte.py"), str(FIRST), str(FIRST + EVERY * WINDOWS)]
+        output = emulated(2, 1, link, [*marks, "train", str(Path(name) / "tune.yaml"), *overrides])
         log = (run_dir / "events.log").read_text()
-    first, last = records[0], records[WINDOWS]  # merges that were begun before the first are through before the last
-    waited = last["merge_seconds"] - first["merge_seconds"]
-    computed = last["time"] - first["time"] - waited
-    run: Run = {"link_mbit": link, "tune": tune, "waited": waited / computed}
-    run["images_per_second"] = (last["images"] - first["images"]) / (waited + computed)
+    figures = told(output)
+    if figures is None:
+        sys.exit(f"no figures were told\n{output}")
+    waited = figures["wait_seconds"]
+    run: Run = {"link_mbit": link, "tune": tune, "waited": waited / (figures["seconds"] - waited)}
+    run["steps_per_second"] = figures["steps"] / figures["seconds"]
     if tune:
         run |= predictions(log)
     return run
@@ -77,7 +80,7 @@ def table(runs: list[Run]) -> str:
         m = {key: statistics.median(r[key] for r in tuned) for key in ("gbit", "predicted_now", "predicted", "waited")}
         before = statistics.median(r["waited"] for r in plain)
         faster = statistics.median(
-            t["images_per_second"] / p["images_per_second"] for t, p in zip(tuned, plain, strict=True)
+            t["steps_per_second"] / p["steps_per_second"] for t, p in zip(tuned, plain, strict=True)
         )
         options = ", ".join(dict.fromkeys(f"`{r['options'] or 'none'}`" for r in tuned))
         lines.append(

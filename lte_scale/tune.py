@@ -11,19 +11,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from lte_scale.arrangement import Arrangement
 from lte_scale.assemble import assemble
 from lte_scale.bandwidth import Bandwidth, slowest
 from lte_scale.collectives import Collectives
 from lte_scale.config import load_config, overridden
 from lte_scale.config.schema import Config
 from lte_scale.estimate import Traces
-from lte_scale.link import gigabits, lte_demand
+from lte_scale.link import Link, gigabits, lte_demand, predict
 from lte_scale.log import log
 from lte_scale.precision import with_precision
 from lte_scale.quantities import rate, seconds, share
 from lte_scale.run_dir import candidates
 from lte_scale.suggest import suggest
-from lte_scale.topology import Topology
 
 TUNED = ("precision", "fragments", "delay")
 """The keys of `merge` that are chosen: windows stay as long as configured."""
@@ -53,9 +53,11 @@ def tuned(config: Config, collectives: Collectives, device: torch.device) -> Con
     traces = Traces(config)
     aside = collectives.aside()  # what is tried is no part of the run's counts
     step = _step_seconds(config, traces.classes, aside, device)
-    gbit = _link_gbit(config, traces, aside, device)
+    a = traces.arrangement(config, nodes=t.nodes, ranks_per_node=t.ranks_per_node)
+    gbit = _link_gbit(a, aside, device, gather=True)
+    own_gbit = _link_gbit(a, aside, device, gather=False) if _reduces(a) else gbit
     dist.destroy_process_group(aside.peers.process_group)
-    chosen = _chosen(config, traces, t, gbit=gbit, step=step) if t.rank == 0 else ()
+    chosen = _chosen(config, traces, a, gbit=gbit, own_gbit=own_gbit, step=step) if t.rank == 0 else ()
     return overridden(config, collectives.broadcast_object(chosen))
 
 
@@ -86,13 +88,17 @@ def _step_seconds(config: Config, num_classes: int, collectives: Collectives, de
     return slowest(statistics.median(taken[_WARM:]), collectives, device)
 
 
-def _link_gbit(config: Config, traces: Traces, collectives: Collectives, device: torch.device) -> float:
+def _reduces(a: Arrangement) -> bool:
+    """Whether the merges, as they are configured, are all-reduces; all others gather, which gloo does slower."""
+    return a.codec.exact and not a.spread and set(a.paths.values()) == {"dense"}
+
+
+def _link_gbit(a: Arrangement, collectives: Collectives, device: torch.device, *, gather: bool) -> float:
     """What leaves the slowest node in an exchange as large as the run's, in Gbit/s with headers. Collective."""
     t = collectives.topology
-    demand = lte_demand(traces.arrangement(config, nodes=t.nodes, ranks_per_node=t.ranks_per_node))
-    part = int(max(demand.exchanges(1))) // t.ranks_per_node // (t.nodes - 1)
+    part = int(max(lte_demand(a).exchanges(1))) // t.ranks_per_node // (t.nodes - 1)
     largest = min(max(part, _SMALLEST_MESSAGE), _LARGEST_MESSAGE)
-    rank_s = Bandwidth(collectives, device, largest, gather=True).of(collectives.peers)
+    rank_s = Bandwidth(collectives, device, largest, gather=gather).of(collectives.peers)
     return gigabits(rank_s * t.ranks_per_node)
 
 
@@ -111,7 +117,11 @@ def _begun_with(config: Config) -> tuple[str, ...] | None:
     return None
 
 
-def _chosen(config: Config, traces: Traces, t: Topology, *, gbit: float, step: float) -> tuple[str, ...]:
+def _chosen(
+    config: Config, traces: Traces, a: Arrangement, *, gbit: float, own_gbit: float, step: float
+) -> tuple[str, ...]:
+    """Options by the rate of gathering, as all but fp32 on the dense path do; the waiting as it is, by its own rate."""
+    t = a.topology
     found = suggest(
         config, traces, nodes=t.nodes, ranks_per_node=t.ranks_per_node, gbit=gbit, step_seconds=step, longest=1
     )
@@ -119,7 +129,9 @@ def _chosen(config: Config, traces: Traces, t: Topology, *, gbit: float, step: f
     if not found.enough:
         log.warning("merge.tune: no merge options hide the exchange: %s", found.reasons[0])
     if found.overrides:
-        shares = share(found.stall_share_now), share(found.stall_share)
+        delay, fragments = a.cadence.delay, a.cadence.fragments
+        now = predict(lte_demand(a), Link(own_gbit), step_seconds=step, delay=delay, fragments=fragments)
+        shares = share(now.stall_share), share(found.stall_share)
         log.info("merge.tune: steps would wait %s of their time, and %s with %s", *shares, " ".join(found.overrides))
     else:
         log.info("merge.tune: steps will wait %s of their time, and nothing is changed", share(found.stall_share))
