@@ -117,7 +117,7 @@ ROWS: dict[str, Row] = {
     "lte T=50, growing windows": _lte(*NESTEROV, "merge.every=50", "merge.growth=0.1", seeds=3),
     **{f"lte rank={r}": _lte(*NESTEROV, f"adapters.rank={r}") for r in (4, 64)},
     **{f"lte heads={h}": _lte(heads=h, tuned=h == 32) for h in (1, 4, 32)},
-    **{f"lte, base in {p}": _lte(*NESTEROV, f"base.precision={p}", seeds=3) for p in ("int8", "nf4")},
+    **{f"lte, base in {p}": _lte(*NESTEROV, f"base.precision={p}", seeds=8) for p in ("int8", "nf4")},
     "lte T=50, every 5 in two nodes": _on_nodes("merge.every=50", "merge.local_every=5"),
     "lte T=50, growing, every 5 in two nodes": _on_nodes("merge.every=50", "merge.growth=0.1", "merge.local_every=5"),
     "lte heads=32, every 2 in four nodes": _on_nodes("merge.local_every=2", heads=32, nodes=4, tuned=True),
