@@ -82,7 +82,7 @@ class Job:
 
 
 def gone(pids: Sequence[int]) -> bool:
-    until = time.monotonic() + 30
+    until = time.monotonic() + 5
     while (left := any(Path(f"/proc/{pid}").exists() for pid in pids)) and time.monotonic() < until:
         time.sleep(0.05)
     return not left

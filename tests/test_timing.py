@@ -24,7 +24,7 @@ def test_an_inner_part_is_not_the_outer_ones() -> None:
     assert [(lap, name) for lap, name, _ in marks] == [(0, "outer"), (0, "inner"), (0, "outer")]
     outer, inner = marks[0][2] + marks[2][2], marks[1][2]
     assert outer >= 0.03 and inner >= 0.05
-    assert outer + inner == pytest.approx(whole, abs=0.04)  # not 0.05 more
+    assert outer + inner == pytest.approx(whole, abs=0.002)
     assert clock.drain() == []
 
 

@@ -107,7 +107,7 @@ def test_killed_in_the_middle_of_everything_then_terminated(digits: Path, uninte
     began = time.monotonic()
     job.send_signal(signal.SIGTERM)
     output = finish(job, 128 + signal.SIGTERM)
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 10
     assert "resumed from" in output
     assert "all ranks end after step" in output
     stopped = int(whole_checkpoints(run_dir)[-1].name.removeprefix("step_"))
@@ -290,7 +290,7 @@ def stop_at_any_moment(digits: Path, run_dir: Path, uninterrupted: Path, *overri
         job.send_signal(signal.SIGTERM)
         job.communicate(timeout=240)
         assert job.returncode in (0, 128 + signal.SIGTERM)
-        assert time.monotonic() - began < 45
+        assert time.monotonic() - began < 15
         assert whole_checkpoints(run_dir)[-1].name == f"step_{records(run_dir)[-1]['step']:08d}"
         if job.returncode == 0:
             break
