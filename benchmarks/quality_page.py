@@ -60,15 +60,13 @@ def series_of(runs: Sequence[Run], row: str) -> Series | None:
     return Series(rate, len(tuning), [run for run in runs if run["row"] == row and run["rate"] == rate])
 
 
-def table(found: dict[str, Series | None]) -> str:
+def table(found: dict[str, Series]) -> str:
     full = found.get(FULL)
     lines = [
         "| row | learning rate (of so many tried) | seeds | top-1 | lowest to highest | images to full's top-1 |",
         "|---|---|---|---|---|---|",
     ]
     for row, series in found.items():
-        if series is None:
-            continue
         finals, ratio = series.finals, "unknown"
         if full is not None:
             needed, whole = series.images_to(statistics.mean(full.finals)), full.curve[-1][0]
@@ -79,12 +77,12 @@ def table(found: dict[str, Series | None]) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path, found: dict[str, Series | None]) -> None:
+def draw(path: Path, found: dict[str, Series]) -> None:
     """Accuracy over images, rows with several seeds alone."""
     with plt.rc_context({"svg.hashsalt": "quality", "font.size": 9}):
         figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
         for row, series in found.items():
-            if series is None or len(series.runs) < 2:
+            if len(series.runs) < 2:
                 continue
             images, top1 = zip(*series.curve, strict=True)
             (line,) = axes.plot(images, [100 * value for value in top1], marker=".", label=row)
@@ -108,7 +106,7 @@ def write_page(page: Path, runs: Sequence[Run], rows: Sequence[str]) -> None:
         groups[run["duration"], run["precision"]].append(run)
     parts = []
     for number, ((duration, precision), alike) in enumerate(sorted(groups.items(), key=lambda group: -len(group[1]))):
-        found = {row: series_of(alike, row) for row in rows}
+        found = {row: series for row in rows if (series := series_of(alike, row)) is not None}
         if number == 0:
             draw(page.with_suffix(".svg"), found)
         last = alike[-1]
